@@ -1,0 +1,990 @@
+"""Train an image classifier from text lists: a frozen ResNet-18 with a new head.
+
+    python train.py --epochs 20
+
+Reads train.txt and test.txt, one image a line: its path, white space, its label.
+Writes best.pth whenever the test accuracy beats the best so far (a plain
+torchvision ResNet-18 state dict), and best.csv, one row an epoch.
+
+What a frozen backbone says of an image never changes. So one pass decodes each
+image once, turns it into a few views and keeps their 512 features; every epoch
+then trains the head on those, in milliseconds. `predict.py` uses the result.
+"""
+
+import argparse
+import contextlib
+import csv
+import errno
+import functools
+import glob
+import http.client
+import io
+import math
+import os
+import pickle
+import shutil
+import signal
+import socket
+import stat
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms as T
+from torchvision.models import ResNet18_Weights, resnet18
+
+BUNDLED_WEIGHTS = Path(__file__).resolve().parent / "food" / "resnet18-grocery.pth"
+IMAGENET_URL = ResNet18_Weights.DEFAULT.url
+DOWNLOAD_TIMEOUT = 10  # seconds without an answer or a byte before a download counts as stalled
+CHECKPOINT_BYTES = 100_000_000  # a ResNet-18 twice: the old file and the new one
+MAX_PIXELS = 89_478_485  # Pillow's own warning limit for decompression bombs
+MAX_CLASSES = 100_000  # beyond this a label is a slip of the pen, and its head would not fit
+SHOWN_PROBLEMS = 10
+# Adjacent views share one pass through the caches: 16 is this network's fastest CPU batch.
+PASS_BATCH = {"cpu": 16, "cuda": 256, "mps": 64}
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
+UPRIGHT = {  # EXIF orientation: what turns the stored pixels upright (EXIF 2.32, tag 0x0112)
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UserError(Exception):
+    """What the user can mend: one line each, and the exit status (2: before work, 1: during)."""
+
+    def __init__(self, *lines: str, status: int = 2):
+        super().__init__("\n".join(lines))
+        self.lines, self.status = lines, status
+
+
+class PhotoError(Exception):
+    """Why one image can't be used."""
+
+
+def shown(name: str | bytes | os.PathLike) -> str:
+    """A name as it may be printed: control characters and broken encodings escaped."""
+    text = os.fsdecode(name)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn user errors, Ctrl-C and SIGTERM into a line and an exit status; bugs keep their traceback."""
+
+    def terminate(*_) -> None:
+        raise KeyboardInterrupt(143)
+
+    with contextlib.suppress(ValueError):  # not the main thread: the caller owns the signals
+        signal.signal(signal.SIGTERM, terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name never crashes an ASCII terminal
+    try:
+        yield
+    except UserError as error:
+        for line in error.lines:
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(error.status)
+    except KeyboardInterrupt as stop:
+        status = stop.args[0] if stop.args else 130
+        print(f"stopped by {'SIGTERM' if status == 143 else 'Ctrl-C'}; files already saved are whole", file=sys.stderr)
+        sys.exit(status)
+
+
+# Lists and images
+
+
+class Photos:
+    """A parsed list of n images. Tensors rather than objects, so that workers share one copy.
+
+    text: all paths as bytes, joined by newlines; ends: (n,) where each ends in it;
+    labels: (n,) from 0; lines: (n,) line numbers in the list file `name`.
+    """
+
+    def __init__(self, name: str, paths: Sequence[bytes], labels: Sequence[int], lines: Sequence[int]):
+        self.name = name
+        self.text = torch.frombuffer(bytearray(b"\n".join(paths) + b"\n"), dtype=torch.uint8)
+        self.ends = torch.tensor([len(path) + 1 for path in paths], dtype=torch.int64).cumsum(0) - 1
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.lines = torch.tensor(lines, dtype=torch.int32)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, index: int) -> bytes:
+        start = int(self.ends[index - 1]) + 1 if index else 0
+        return self.text[start : int(self.ends[index])].numpy().tobytes()
+
+    def paths(self) -> list[bytes]:
+        return self.text.numpy().tobytes().split(b"\n")[:-1]
+
+    def where(self, index: int) -> str:
+        return f"{self.name}:{self.lines[index]}: {shown(self.path(index))}"
+
+
+def file_problem(path: bytes) -> str | None:
+    """Why no image can be read from this path, as far as the file system knows; None where it may."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        return "no such image" if isinstance(error, FileNotFoundError) else (error.strerror or str(error)).lower()
+    if stat.S_ISDIR(mode):
+        return "is a directory, not an image"
+    # One more system call only where the mode does not already say that everybody may read.
+    if mode & 0o444 != 0o444 and not os.access(path, os.R_OK):
+        return "no permission to read it"
+    return None
+
+
+def missing_hint(path: bytes, list_path: Path) -> str:
+    """What most often makes a listed path miss its file."""
+    if path[:1] in b"\"'" and path[-1:] == path[:1]:
+        return "remove the quotes: paths may hold spaces as they are"
+    if path.endswith((b",", b";")):
+        return "remove the comma: path and label are separated by white space"
+    if b"\\" in path and os.path.exists(path.replace(b"\\", b"/")):
+        return "write / instead of \\"
+    if os.path.exists(os.path.join(os.fsencode(list_path.parent), path)):
+        return f"it lies beside the list: add --root {shown(list_path.parent)}"
+    return "paths are relative to the working directory, or to --root DIR"
+
+
+def read_text(path: Path) -> bytes:
+    """A text file's bytes, known to be UTF-8, without BOM. Raises UserError."""
+    name = shown(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{name}: {(error.strerror or str(error)).lower()}; name an existing text file") from None
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw[:1000]:
+        raise UserError(f"{name}:1: looks like UTF-16; save it as UTF-8")
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{name}:{line}: not UTF-8 (Latin-1 or Windows-1252, perhaps); save it as UTF-8") from None
+    if b"\0" in raw:
+        raise UserError(f"{name}:{raw.count(chr(10).encode(), 0, raw.index(0)) + 1}: holds a NUL byte; not a text list")
+    return raw.removeprefix(b"\xef\xbb\xbf")
+
+
+def label_problem(fields: Sequence[bytes]) -> str | None:
+    """What keeps the last of a line's fields from being a label."""
+    label = fields[-1]
+    if len(fields) == 1:
+        comma = b"," in label or b";" in label
+        return f"no label; separate path and label by {'a space, not a comma' if comma else 'white space'}"
+    if not label.isdigit():  # of bytes: ASCII digits alone
+        return f"label '{shown(label)}' is not a whole number; number the classes 0, 1, 2, ..."
+    if len(label) > 18 or int(label) >= MAX_CLASSES:
+        return f"label {shown(label)[:24]} is not below {MAX_CLASSES:,}; number the classes 0, 1, 2, ..."
+    return None
+
+
+def read_list(list_path: Path, root: Path) -> tuple[Photos, list[str]]:
+    """Parse `path label` lines. Returns the images and all problems, each as `FILE:LINE: reason; fix`.
+
+    Lines are bytes until they are shown: no locale has a say in them.
+    """
+    name, prefix = shown(list_path), b"" if root == Path() else os.path.join(os.fsencode(root), b"")
+    paths, labels, lines, problems = [], [], [], []
+    seen = {}  # path: its place in the list
+    repeats = 0
+    for number, line in enumerate(read_text(list_path).split(b"\n"), 1):
+        fields = line.rsplit(None, 1)
+        if not fields or line.lstrip().startswith(b"#"):
+            continue
+        if problem := label_problem(fields):
+            problems.append(f"{name}:{number}: {problem}")
+            continue
+        listed, label = fields[0].strip().removeprefix(b"./"), int(fields[1])
+        path = os.path.join(prefix, listed) if prefix else listed
+        earlier = seen.setdefault(path, len(paths))
+        if earlier < len(paths):
+            repeats += 1
+            if labels[earlier] != label:
+                both = f"label {label} here and {labels[earlier]} on line {lines[earlier]}"
+                problems.append(f"{name}:{number}: {shown(listed)} has {both}; keep one of the two")
+            continue
+        if problem := file_problem(path):
+            hint = missing_hint(listed, list_path) if problem == "no such image" else "mend or remove the line"
+            problems.append(f"{name}:{number}: {shown(listed)}: {problem}; {hint}")
+        paths.append(path)
+        labels.append(label)
+        lines.append(number)
+    if not paths and not problems:
+        problems.append(f"{name}:1: the list is empty; each line is: path, white space, label")
+    if repeats:
+        warn(f"{name}: {repeats:,} repeated line{'s' * (repeats > 1)} dropped")
+    return Photos(name, paths, labels, lines), problems
+
+
+def read_lists(train_path: Path, test_path: Path, root: Path) -> tuple[Photos, Photos]:
+    """Both lists, checked. Raises UserError with the first problems of both together."""
+    train, problems = read_list(train_path, root)
+    test, more = read_list(test_path, root)
+    problems += more
+    known = torch.bincount(train.labels) if len(train) else torch.zeros(1)
+    for index in torch.nonzero(~torch.isin(test.labels, known.nonzero())).flatten().tolist() if len(train) else []:
+        problems.append(
+            f"{test.name}:{test.lines[index]}: label {test.labels[index]} is not in {train.name}; "
+            "add training images of it or remove the line"
+        )
+    if problems:
+        count = len(problems)
+        more = f", {SHOWN_PROBLEMS} of them shown" if count > SHOWN_PROBLEMS else ""
+        last = f"{count:,} problem{'s' * (count > 1)} in the lists{more}; mend the lines and run again"
+        raise UserError(*problems[:SHOWN_PROBLEMS], last)
+    if gaps := torch.nonzero(known == 0).flatten().tolist():
+        warn(f"{train.name}: no image has label {some(gaps)}: its class can never be learned")
+    if single := torch.nonzero(known == 1).flatten().tolist():
+        warn(f"{train.name}: only one image has label {some(single)}: its class is learned by heart")
+    return train, test
+
+
+def some(items: Sequence) -> str:
+    """The first three of some items, and how many follow."""
+    rest = f" and {len(items) - 3:,} more" if len(items) > 3 else ""
+    return ", ".join(str(item) for item in items[:3]) + rest
+
+
+def class_names(photos: Photos, classes_path: Path | None, classes: int) -> list[str]:
+    """One name a class: from the file, else from the folders where they tell the classes apart, else numbers."""
+    if classes_path is not None:
+        names = [line.strip() for line in read_text(classes_path).decode().splitlines() if line.strip()]
+        if len(names) != classes:
+            raise UserError(f"{shown(classes_path)}: {len(names)} names for {classes} classes; write one name a line")
+        return names
+    folders = defaultdict(set)
+    for path, label in zip(photos.paths(), photos.labels.tolist()):
+        folders[label].add(os.path.dirname(path))
+    found = {label: {os.path.basename(folder) for folder in each} for label, each in folders.items()}
+    names = [os.fsdecode(next(iter(found[c]))) if len(found.get(c, ())) == 1 else "" for c in range(classes)]
+    telling = all(names) and len(set(names)) == classes
+    return names if telling else [str(label) for label in range(classes)]
+
+
+def read_photo(path: str | bytes | os.PathLike) -> Image.Image:
+    """Decode one image to upright RGB, large JPEGs at reduced scale. Raises PhotoError with the reason."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise PhotoError("not a regular file")
+        with open(path, "rb") as file:
+            return decode_photo(file)
+    except OSError as error:
+        raise PhotoError((error.strerror or str(error)).lower()) from None
+
+
+def decode_photo(file: io.BufferedIOBase) -> Image.Image:
+    """The image in an open file, as `read_photo` gives it."""
+    head = file.read(32)
+    file.seek(0)
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"):
+        raise PhotoError("HEIC; convert it to JPEG")
+    # Pillow raises nearly every exception there is on damaged bytes, and warns of what is handled here.
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(file, formats=IMAGE_FORMATS)
+            if image.width * image.height > MAX_PIXELS:
+                raise PhotoError(f"{image.width}x{image.height} pixels, over the limit of {MAX_PIXELS:,}")
+            if image.format == "PNG":  # reading pixels skips their checksums
+                image.verify()
+                file.seek(0)
+                image = Image.open(file, formats=IMAGE_FORMATS)
+            image.draft("RGB", (2 * RESIZE_TRAINING.size[0], 2 * RESIZE_TRAINING.size[1]))
+            image.load()
+            return as_rgb(upright(image))
+    except PhotoError:
+        raise
+    except (Image.UnidentifiedImageError, Image.DecompressionBombError) as error:
+        bomb = isinstance(error, Image.DecompressionBombError)
+        raise PhotoError(f"over the limit of {MAX_PIXELS:,} pixels" if bomb else "not an image") from None
+    except Exception as error:
+        raise PhotoError(f"damaged ({shown(str(error)) or type(error).__name__})") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; as stored where that can't be read."""
+    try:
+        turn = UPRIGHT.get(image.getexif().get(0x0112))
+    except Exception:  # damaged EXIF raises anything; the pixels are sound
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB: transparency on white, 16-bit grey scaled to 8. Raises PhotoError for 32-bit pixels."""
+    if image.mode in ("I", "F"):
+        raise PhotoError("32-bit pixels; convert it to 8 or 16 bits")
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+# Views. The evaluation view is the only one in evaluation and prediction, and view 0 in training.
+
+EVALUATION_VIEW = T.Resize((224, 224))
+RESIZE_TRAINING = T.Resize((300, 300))
+TRAINING_VIEW = T.Compose(  # of an image through RESIZE_TRAINING, which all training views share
+    [
+        T.RandomRotation(45),
+        T.CenterCrop(224),
+        T.RandomHorizontalFlip(0.5),
+        T.RandomVerticalFlip(0.5),
+        T.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+    ]
+)
+NORMALIZE = T.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])  # ImageNet's
+
+
+def draw_views(image: Image.Image, views: Sequence[int], seed: int, index: int) -> Tensor:
+    """The views of one image, uint8 (V, 224, 224, 3). View 0 is the evaluation view, others are random.
+
+    A random view depends on (seed, index, view) alone: not on workers, batches or order.
+    """
+    drawn, resized = [], None
+    for view in views:
+        if view == 0:
+            drawn.append(EVALUATION_VIEW(image))
+            continue
+        resized = resized or RESIZE_TRAINING(image)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(np.random.SeedSequence((seed, index, view)).generate_state(1)[0]))
+            drawn.append(TRAINING_VIEW(resized))
+    return torch.from_numpy(np.stack([np.asarray(view) for view in drawn]))
+
+
+class Views(Dataset):
+    """Image i of a list as (i, its views), or as (i, the reason) where it can't be read."""
+
+    def __init__(self, photos: Photos, views: Sequence[int], seed: int):
+        self.photos, self.views, self.seed = photos, views, seed
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        try:
+            return index, draw_views(read_photo(self.photos.path(index)), self.views, self.seed, index)
+        except PhotoError as error:
+            return index, str(error)
+
+
+def collate(
+    samples: Sequence[tuple[int, Tensor | str]], embed_views: Callable[[Tensor], Tensor] | None = None
+) -> tuple[list[int], Tensor, dict[int, str]]:
+    """Row numbers of what could be read, its views (n * V, 224, 224, 3) or what `embed_views` gives for them,
+    and the reasons by row number of the rest.
+    """
+    good = [(index, views) for index, views in samples if isinstance(views, Tensor)]
+    bad = {index: reason for index, reason in samples if isinstance(reason, str)}
+    views = torch.cat([views for _, views in good]) if good else torch.empty(0)
+    return [index for index, _ in good], embed_views(views) if embed_views and good else views, bad
+
+
+# Model
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `--device`; auto is CUDA, else MPS, else CPU. Raises UserError."""
+    have = ["cpu"]
+    if torch.backends.mps.is_available():
+        have.insert(0, "mps")
+    if torch.cuda.is_available():
+        have[:0] = ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    if name == "auto":
+        return torch.device(have[0])
+    if name not in have:
+        raise UserError(f"--device {shown(name)}: this machine offers {', '.join(have)}; pick one of them or auto")
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that convolutions run in; auto is the fastest one that the device runs natively."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        can = torch.cpu.get_capabilities()
+        if any(can.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16")):
+            return torch.bfloat16
+    return torch.float32
+
+
+def build_model(classes: int, state: dict[str, Tensor] | None, seed: int) -> nn.Module:
+    """A frozen ResNet-18 in inference mode with a new head for so many classes.
+
+    Frozen means that no buffer moves either: in training mode BatchNorm's running statistics
+    would drift towards the new photos, and nothing computed once would stay true.
+    """
+    torch.manual_seed(seed)
+    model = resnet18()
+    if state is not None:
+        model.load_state_dict(state, strict=False)  # what fits and what doesn't was settled by `fit_backbone`
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    torch.manual_seed(seed)  # the same head, whatever the backbone's origin
+    model.fc = nn.Linear(model.fc.in_features, classes)
+    return model.eval().to(memory_format=torch.channels_last)
+
+
+def backbone_of(model: nn.Module) -> nn.Sequential:
+    """Everything but the head, as one module: images (N, 3, 224, 224) to features (N, 512)."""
+    return nn.Sequential(*list(model.children())[:-1], nn.Flatten(1))
+
+
+def embed(module: nn.Module, views: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What a module gives for uint8 views (N, 224, 224, 3): float32, on the CPU."""
+    # Bytes seen as (N, 3, 224, 224) lie in channels_last order already.
+    images = views.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        return module(NORMALIZE(images.float().div_(255))).float().cpu()
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ignore_interrupts(_: int) -> None:
+    """Ctrl-C reaches the whole process group: workers leave it to the parent, which ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def shrinking(embed_views: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same function, in 2, 4, then 8 parts where the device's memory is too small for the whole."""
+    parts = 1
+
+    def embed_parts(views: Tensor) -> Tensor:
+        nonlocal parts
+        while True:
+            try:
+                return torch.cat([embed_views(part) for part in views.chunk(parts)])
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+                    raise
+                if parts == 8:
+                    raise UserError("the device is out of memory; run with --device cpu", status=1) from None
+                if parts == 1:
+                    warn("the device is out of memory; the pass goes on in smaller batches")
+                parts *= 2
+
+    return embed_parts
+
+
+def embed_in_order(
+    module: nn.Module,
+    dataset: Views,
+    rows: Sequence[int],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_size: int,
+    workers: int,
+) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
+    """Decode the rows of a dataset, and give what a module makes of their views, batch by batch, in order.
+
+    On a CPU the worker that decodes an image also runs the module on it, single-threaded: no core waits for
+    another, and features travel instead of pixels. For other devices workers decode and pixels travel.
+    Where workers die, the rest is done without. Raises UserError (status 1) where the device's memory is too
+    small for an eighth of a batch.
+    """
+    embed_views = functools.partial(embed, module, device=device, dtype=dtype)
+    here = None if device.type == "cpu" else shrinking(embed_views)
+    done = 0
+    while done < len(rows):
+        loader = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=rows[done:],
+            num_workers=min(workers, math.ceil((len(rows) - done) / batch_size)),
+            collate_fn=functools.partial(collate, embed_views=None if here else embed_views),
+            pin_memory=device.type == "cuda",
+            worker_init_fn=ignore_interrupts,
+            # A forked worker starts at once; a spawned one imports torch first, but is safe everywhere.
+            multiprocessing_context=("fork" if sys.platform == "linux" else "spawn") if workers else None,
+        )
+        try:
+            for indices, values, bad in loader:
+                yield indices, here(values) if here and indices else values, bad
+                done += len(indices) + len(bad)
+        except RuntimeError as error:
+            if not workers or "DataLoader worker" not in str(error):
+                raise
+            warn("a worker died: out of memory, or /dev/shm is too small (docker run --shm-size=1g); going on without")
+            workers = 0
+
+
+class Progress:
+    """Images done, images/s and time left, on stderr where that is a terminal."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.done, self.width = what, total, 0, 0
+        self.began = self.said = time.perf_counter()
+
+    def add(self, count: int) -> None:
+        self.done += count
+        now = time.perf_counter()
+        if not sys.stderr.isatty() or (now - self.said < 0.2 and self.done < self.total):
+            return
+        self.said = now
+        rate = self.done / (now - self.began)
+        line = f"{self.what} {self.done:,}/{self.total:,} images  {rate:.0f}/s  {(self.total - self.done) / rate:.0f} s left"
+        print(f"\r{line:<{self.width}}", end="\n" if self.done == self.total else "", file=sys.stderr, flush=True)
+        self.width = len(line)
+
+
+def extract_features(
+    backbone: nn.Module, dataset: Views, *, device: torch.device, dtype: torch.dtype, workers: int
+) -> tuple[Tensor, dict[int, str]]:
+    """One pass: each image decoded once, each of its V views through the backbone once.
+
+    Returns features (N, V, 512), float32, on the CPU, and the reason for each row that could not be read.
+    """
+    count, views = len(dataset), len(dataset.views)
+    features, unread = torch.zeros(count, views, 512), {}
+    progress = Progress(f"{dataset.photos.name}:", count)
+    batch_size = max(1, PASS_BATCH[device.type] // views)
+    for rows, values, bad in embed_in_order(
+        backbone, dataset, range(count), device=device, dtype=dtype, batch_size=batch_size, workers=workers
+    ):
+        if rows:
+            features[rows] = values.view(len(rows), views, -1)
+        unread |= bad
+        progress.add(len(rows) + len(bad))
+    return features, unread
+
+
+# Weights and checkpoints
+
+FORMAT = 1  # of what `save_checkpoint` adds to a state dict
+ABOUT = "train.py"  # its key in the state dict's _metadata, which a plain load_state_dict ignores
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], object]:
+    """A state dict from an untrusted file, under torchvision's names, and what `save_checkpoint` said of it.
+
+    Nested under `model` or `state_dict`, or prefixed by DataParallel or torch.compile, is fine.
+    Raises UserError: no such file, damaged (checksums are checked), more than tensors in it, no state dict.
+    """
+    name = shown(path)
+    try:
+        with open(path, "rb") as file:
+            if zipfile.is_zipfile(file):
+                check_zip(file)
+            file.seek(0)
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{name}: {(error.strerror or str(error)).lower()}; name a file of weights") from None
+    except Exception as error:  # parsers of untrusted bytes: damage comes as nearly any exception there is
+        code = isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error)
+        reason = "not a weights file: it holds more than tensors" if code else "damaged, or not a weights file"
+        raise UserError(f"{name}: {reason}; get it again from its source") from None
+    about = None
+    for _ in range(3):  # a checkpoint in a checkpoint is common, deeper nesting is not
+        if not isinstance(found, dict):
+            raise UserError(f"{name}: holds no state dict; save model.state_dict() with torch.save")
+        metadata = vars(found).get("_metadata") if hasattr(found, "__dict__") else None
+        about = metadata.get(ABOUT) if isinstance(metadata, dict) else about
+        found = next((found[key] for key in ("model", "state_dict") if isinstance(dict.get(found, key), dict)), found)
+    # dict's own methods: a hostile OrderedDict may carry attributes by those names.
+    items = {str(key): value for key, value in dict.items(found)}
+    return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in items.items()}, about
+
+
+def check_zip(file: io.BufferedIOBase) -> None:
+    """Raises ValueError unless every member's checksum holds and none claims more bytes than the file has."""
+    size = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        if sum(member.file_size for member in archive.infolist()) > size or archive.testzip() is not None:
+            raise ValueError("checksum")
+
+
+def check_resnet18(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The entries of a ResNet-18, finite and of the right shapes. Raises UserError with the first that don't fit."""
+    with torch.device("meta"):
+        expected = resnet18().state_dict()
+    head = state.get("fc.weight")
+    if isinstance(head, Tensor) and head.dim() == 2 and 0 < len(head) <= MAX_CLASSES:
+        expected["fc.weight"] = torch.empty(len(head), 512, device="meta")
+        expected["fc.bias"] = torch.empty(len(head), device="meta")
+    elif head is None:  # a backbone alone
+        expected = {key: value for key, value in expected.items() if not key.startswith("fc.")}
+    problems = [f"unexpected {shown(key)[:60]}" for key in state if key not in expected]
+    for key, value in expected.items():
+        given = state.get(key)
+        if given is None:
+            if not key.endswith("num_batches_tracked"):  # a count that nothing reads
+                problems.append(f"no {key}")
+        elif not isinstance(given, Tensor) or given.layout != torch.strided or given.is_complex():
+            problems.append(f"{key} is no plain tensor")
+        elif given.shape != value.shape:
+            problems.append(f"{key} is {'x'.join(map(str, given.shape))}, not {'x'.join(map(str, value.shape))}")
+        elif not given.isfinite().all():
+            problems.append(f"{key} has values that are not finite")
+    if problems:
+        raise UserError(f"{shown(path)}: does not fit a ResNet-18: {some(problems)}; give one made for resnet18")
+    return {key: state[key] for key in expected if key in state}
+
+
+def load_backbone(path: Path) -> dict[str, Tensor]:
+    """The state dict of a backbone from any ResNet-18 file, its head dropped. Raises UserError."""
+    state = check_resnet18(load_state(path)[0], path)
+    return {key: value for key, value in state.items() if not key.startswith("fc.")}
+
+
+def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
+    """A ResNet-18 in inference mode and what is known of it: at least its `classes`, a list of names.
+
+    Raises UserError as `load_state` and `check_resnet18` do, and where the file has no head.
+    """
+    state, about = load_state(path)
+    state = check_resnet18(state, path)
+    if "fc.weight" not in state:
+        raise UserError(f"{shown(path)}: has no head (fc.weight); give the best.pth that train.py saved")
+    classes = len(state["fc.weight"])
+    with torch.device("meta"):
+        model = resnet18(num_classes=classes)
+    state = {key: torch.zeros(value.shape) for key, value in model.state_dict().items()} | state
+    model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    if about is not None and not is_about(about, classes):
+        warn(f"{shown(path)}: its class names and history are malformed; going on with class numbers")
+        about = None
+    return model.eval(), about or {"classes": [str(label) for label in range(classes)]}
+
+
+def is_about(about: object, classes: int) -> bool:
+    """Whether a checkpoint's own account has the form that `save_checkpoint` gives it."""
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        return False
+    names = about.get("classes")
+    return isinstance(names, list) and len(names) == classes and all(isinstance(name, str) for name in names)
+
+
+def save_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write beside the file, then rename: at any moment the file is the old one or the new one, whole.
+
+    Raises UserError (status 1) where the disk is full or fails.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = "disk full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error)).lower()
+        raise UserError(f"{shown(path)}: {reason}; what was saved before is intact", status=1) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def prepare_output(path: Path) -> None:
+    """Check that a checkpoint can be saved there; sweep what a killed run left. Raises UserError."""
+    name, folder = shown(path), path.parent
+    if path.is_dir():
+        raise UserError(f"--out {name}: is a directory; name a file, such as {shown(path / 'best.pth')}")
+    if path.suffix == ".csv":
+        raise UserError(f"--out {name}: the .csv beside the checkpoint has this name; end it in .pth")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+        for stale in folder.glob(f".{glob.escape(path.name)}.*.tmp"):
+            stale.unlink(missing_ok=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"--out {name}: can't write in {shown(folder)} ({reason}); name another folder") from None
+    if free < CHECKPOINT_BYTES:
+        raise UserError(f"--out {name}: disk full ({free >> 20} MB free, {CHECKPOINT_BYTES >> 20} needed); free some space")
+
+
+def save_checkpoint(path: Path, model: nn.Module, about: dict) -> None:
+    """Save a plain torchvision state dict that carries `about` where only this project looks for it."""
+    state = model.state_dict()
+    for key, value in state.items():
+        state[key] = value.detach().cpu().contiguous()
+    state._metadata[ABOUT] = {"format": FORMAT, **about}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    save_atomically(path, buffer.getbuffer())
+
+
+def download_imagenet() -> Path:
+    """Where torchvision keeps its ImageNet weights, downloaded if need be. Raises OSError or RuntimeError."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(IMAGENET_URL).name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+        try:
+            # Into a temporary file that it removes on failure; the name carries the hash.
+            hash_prefix = path.stem.rpartition("-")[2]
+            torch.hub.download_url_to_file(IMAGENET_URL, str(path), hash_prefix, progress=sys.stderr.isatty())
+        finally:
+            socket.setdefaulttimeout(before)
+    return path
+
+
+def find_weights(wish: str | None) -> tuple[dict[str, Tensor] | None, str, list[str]]:
+    """The backbone of `--weights`, its origin in words, and what the user must know of it. Raises UserError.
+
+    An explicit wish is never replaced; with none, the bundled backbone stands in for ImageNet's.
+    """
+    if wish == "none":
+        return None, "random weights", []
+    if wish not in (None, "imagenet"):
+        return load_backbone(Path(wish)), shown(wish), []
+    try:
+        return load_backbone(download_imagenet()), f"ImageNet ({ResNet18_Weights.DEFAULT})", []
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        reason = shown(str(getattr(error, "reason", error)))
+    place = Path(torch.hub.get_dir()) / "checkpoints" / Path(IMAGENET_URL).name
+    fix = f"fetch {IMAGENET_URL} elsewhere and put it at {shown(place)}, or give it as --weights FILE"
+    if wish == "imagenet":
+        raise UserError(f"ImageNet weights can't be downloaded ({reason}); {fix}")
+    bundled = shown(os.path.relpath(BUNDLED_WEIGHTS))
+    caveat = f"no ImageNet weights ({reason}): using the bundled {bundled}, which is far weaker"
+    return load_backbone(BUNDLED_WEIGHTS), f"{bundled} (bundled)", [caveat, f"for the real ones, {fix}"]
+
+
+# Training
+
+
+def batches_of(features: Tensor, labels: Tensor, order: Tensor, view: int, batch_size: int) -> Iterator[tuple]:
+    """(features, labels) of one view, batch by batch, in the given order of rows."""
+    for rows in order.split(batch_size):
+        yield features[rows, view], labels[rows]
+
+
+def train_one_epoch(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer, epoch: int
+) -> tuple[float, float]:
+    """Mean loss and accuracy over the epoch's samples, as they were trained on.
+
+    Raises UserError (status 1) where the loss is not finite.
+    """
+    total_loss, right, count = 0.0, 0, 0
+    for step, (inputs, labels) in enumerate(batches, 1):
+        logits = model(inputs)
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if not math.isfinite(loss.item()):
+            raise UserError(f"the loss is {loss.item()} in epoch {epoch}, step {step}; try a smaller --lr", status=1)
+        total_loss += loss.item() * len(labels)  # the last batch may be smaller
+        right += (logits.argmax(1) == labels).sum().item()
+        count += len(labels)
+    return total_loss / count, right / count
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """Mean loss and accuracy over all samples."""
+    total_loss, right, count = 0.0, 0, 0
+    for inputs, labels in batches:
+        logits = model(inputs)
+        total_loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        right += (logits.argmax(1) == labels).sum().item()
+        count += len(labels)
+    return total_loss / count, right / count
+
+
+class History:
+    """The epochs' figures: a line each on stdout, a row each in the CSV file, and the best one saved."""
+
+    COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "best")
+
+    def __init__(self, path: Path, save: Callable[[int, float], None]):
+        self.path, self.save, self.rows = path, save, []
+        self.best_epoch, self.best_accuracy = 0, -math.inf
+        print("epoch  train loss  train acc  test loss  test acc        lr")
+
+    def add(self, epoch: int, train: tuple[float, float], test: tuple[float, float], lr: float) -> None:
+        accuracy = test[1]
+        best = accuracy > self.best_accuracy
+        if best:
+            self.best_epoch, self.best_accuracy = epoch, accuracy
+            self.save(epoch, accuracy)
+        self.rows.append((epoch, *train, *test, lr, int(best)))
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([self.COLUMNS, *self.rows])
+        save_atomically(self.path, text.getvalue().encode())
+        mark = "  best" if best else ""
+        print(
+            f"{epoch:5d}  {train[0]:10.4f}  {train[1]:9.2%}  {test[0]:9.4f}  {accuracy:8.2%}  {lr:.6f}{mark}", flush=True
+        )
+
+
+def settle_unread(photos: Photos, unread: dict[int, str], tolerated: float) -> None:
+    """Warn of each image that could not be read. Raises UserError (status 1) where they are too many."""
+    lines = [f"{photos.where(index)}: {reason}" for index, reason in sorted(unread.items())[:SHOWN_PROBLEMS]]
+    count = len(unread)
+    if count > tolerated or count == len(photos):
+        last = f"{photos.name}: {count:,} of {len(photos):,} images can't be read; mend or remove these lines"
+        raise UserError(*lines, last, status=1)
+    for line in lines:
+        warn(f"{line}; skipped")
+
+
+def warn_of_overlap(train: Photos, test: Photos, train_features: Tensor, test_features: Tensor) -> None:
+    """Warn where both lists hold an image, by path or by content: the same pixels give the same features."""
+    known = {features.numpy().tobytes() for features in train_features[:, 0]}
+    both = [i for i, features in enumerate(test_features[:, 0]) if features.numpy().tobytes() in known]
+    if both:
+        warn(
+            f"{len(both):,} of {len(test):,} test images are in {train.name} too, so the test accuracy is not to be "
+            f"believed: {some([test.where(index) for index in both])}"
+        )
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train a classifier from lists of images: a frozen ResNet-18 with a new head.",
+        epilog="example: python train.py --epochs 20 && python predict.py photo.jpg",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--train", type=Path, default="train.txt", metavar="LIST", help="training images: path and label")
+    data.add_argument("--test", type=Path, default="test.txt", metavar="LIST", help="test images: path and label")
+    data.add_argument("--root", type=Path, default=".", metavar="DIR", help="what the lists' paths are relative to")
+    data.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line (default: folder names)")
+    data.add_argument("--workers", type=whole(0), metavar="N", help="decoding processes (default: one a core)")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="backbone: imagenet, none (random) or a ResNet-18 FILE (default: imagenet, offline the bundled one)",
+    )
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; auto takes the fastest")
+    model.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of the backbone's arithmetic"
+    )
+    optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument("--epochs", type=whole(1), default=20, metavar="N", help="passes of the head over the data")
+    optimisation.add_argument("--batch-size", type=whole(1), default=64, metavar="N", help="images a step of the head")
+    optimisation.add_argument("--lr", type=positive, default=0.005, metavar="RATE", help="Adam's learning rate")
+    optimisation.add_argument(
+        "--views", type=whole(1), default=4, metavar="V", help="views kept of each training image, 1 plain and V-1 random"
+    )
+    optimisation.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of views, head and shuffling")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, default="best.pth", metavar="FILE", help="checkpoint; a .csv is put beside it")
+    return parser.parse_args(argv)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number, at least so large."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and least <= int(text) < 2**31):
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {least}")
+        return int(text)
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+
+
+@one_line_errors()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    began = time.perf_counter()
+
+    # Everything that can be checked is, before the first expensive step.
+    device = pick_device(args.device)
+    dtype = pick_precision(args.precision, device)
+    workers = available_cores() if args.workers is None else args.workers
+    train, test = read_lists(args.train, args.test, args.root)
+    classes = int(train.labels.max()) + 1
+    names = class_names(train, args.classes, classes)
+    prepare_output(args.out)
+    weights, origin, caveats = find_weights(args.weights)
+    for caveat in caveats:
+        warn(caveat)
+    print(f"device    {device}, {str(dtype).removeprefix('torch.')}")
+    print(f"backbone  ResNet-18, {origin}")
+    print(f"data      {len(train):,} training and {len(test):,} test images of {classes} classes", flush=True)
+
+    # One pass: the features of every view.
+    model = build_model(classes, weights, args.seed)
+    backbone = backbone_of(model).to(device)
+    views = range(min(args.views, args.epochs))
+    extract = functools.partial(extract_features, backbone, device=device, dtype=dtype, workers=workers)
+    features, unread = extract(Views(train, views, args.seed))
+    settle_unread(train, unread, tolerated=max(1, len(train) // 100))
+    test_features, test_unread = extract(Views(test, [0], args.seed))
+    settle_unread(test, test_unread, tolerated=0)
+    warn_of_overlap(train, test, features, test_features)
+
+    # The head, on features: small enough that the CPU beats any device's launch times.
+    head = model.cpu().fc
+    optimizer = torch.optim.Adam(head.parameters(), lr=args.lr)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=3, factor=0.5)
+    shuffle = torch.Generator().manual_seed(args.seed)
+    rows = torch.tensor([row for row in range(len(train)) if row not in unread])
+    about = {
+        "classes": names,
+        "backbone": origin,
+        "train_images": len(rows),
+        "test_images": len(test),
+        "recipe": {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str))},
+        "precision": str(dtype).removeprefix("torch."),
+        "device": str(device),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+    }
+    save = lambda epoch, accuracy: save_checkpoint(args.out, model, {**about, "epoch": epoch, "accuracy": accuracy})
+    history = History(args.out.with_suffix(".csv"), save)
+    for epoch in range(1, args.epochs + 1):
+        order = rows[torch.randperm(len(rows), generator=shuffle)]
+        batches = batches_of(features, train.labels, order, (epoch - 1) % len(views), args.batch_size)
+        lr = optimizer.param_groups[0]["lr"]
+        trained = train_one_epoch(head, batches, optimizer, epoch)
+        tested = evaluate(head, batches_of(test_features, test.labels, torch.arange(len(test)), 0, args.batch_size))
+        plateau.step(tested[1])
+        history.add(epoch, trained, tested, lr)
+
+    for caveat in caveats:
+        warn(caveat)
+    seconds = time.perf_counter() - began
+    print(f"best test accuracy {history.best_accuracy:.2%} (epoch {history.best_epoch}), {seconds:.1f} s in all")
+    print(f"saved {shown(args.out)} and {shown(args.out.with_suffix('.csv'))}")
+    print(f"next: python predict.py {shown(test.path(0))}")
+
+
+if __name__ == "__main__":
+    main()

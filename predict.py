@@ -157,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             unread += 1
             print(f"error: {path}: {found}", file=sys.stderr)
             continue
-        names = ", ".join(f"{shown(name)} {prob:.1%}" for name, prob in likeliest(found, classifier.classes, args.top_k))
+        names = ", ".join(
+            f"{shown(name)} {prob:.1%}" for name, prob in likeliest(found, classifier.classes, args.top_k)
+        )
         print(f"{path}  {names}")
     if unread:
         sys.exit(1)

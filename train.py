@@ -53,7 +53,7 @@ MAX_CLASSES = 100_000  # beyond this a label is a slip of the pen, and its head 
 SHOWN_PROBLEMS = 10
 # Adjacent views share one pass through the caches: 16 is this network's fastest CPU batch.
 PASS_BATCH = {"cpu": 16, "cuda": 256, "mps": 64}
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # MPO opens as JPEG
 UPRIGHT = {  # EXIF orientation: what turns the stored pixels upright (EXIF 2.32, tag 0x0112)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -555,7 +555,8 @@ class Progress:
             return
         self.said = now
         rate = self.done / (now - self.began)
-        line = f"{self.what} {self.done:,}/{self.total:,} images  {rate:.0f}/s  {(self.total - self.done) / rate:.0f} s left"
+        left = (self.total - self.done) / rate
+        line = f"{self.what} {self.done:,}/{self.total:,} images  {rate:.0f}/s  {left:.0f} s left"
         print(f"\r{line:<{self.width}}", end="\n" if self.done == self.total else "", file=sys.stderr, flush=True)
         self.width = len(line)
 
@@ -723,7 +724,9 @@ def prepare_output(path: Path) -> None:
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"--out {name}: can't write in {shown(folder)} ({reason}); name another folder") from None
     if free < CHECKPOINT_BYTES:
-        raise UserError(f"--out {name}: disk full ({free >> 20} MB free, {CHECKPOINT_BYTES >> 20} needed); free some space")
+        raise UserError(
+            f"--out {name}: disk full ({free >> 20} MB free, {CHECKPOINT_BYTES >> 20} needed); free some space"
+        )
 
 
 def save_checkpoint(path: Path, model: nn.Module, about: dict) -> None:
@@ -819,12 +822,12 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
 
 
 class History:
-    """The epochs' figures: a line each on stdout, a row each in the CSV file, and the best one saved."""
+    """The epochs' figures: a line each on stdout, a row each in the CSV file; the best one is saved."""
 
     COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "best")
 
-    def __init__(self, path: Path, save: Callable[[int, float], None]):
-        self.path, self.save, self.rows = path, save, []
+    def __init__(self, out: Path, save: Callable[[dict], None], about: dict):
+        self.path, self.save, self.about, self.rows = out.with_suffix(".csv"), save, about, []
         self.best_epoch, self.best_accuracy = 0, -math.inf
         print("epoch  train loss  train acc  test loss  test acc        lr")
 
@@ -833,15 +836,13 @@ class History:
         best = accuracy > self.best_accuracy
         if best:
             self.best_epoch, self.best_accuracy = epoch, accuracy
-            self.save(epoch, accuracy)
+            self.save({**self.about, "epoch": epoch, "accuracy": accuracy})
         self.rows.append((epoch, *train, *test, lr, int(best)))
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([self.COLUMNS, *self.rows])
         save_atomically(self.path, text.getvalue().encode())
-        mark = "  best" if best else ""
-        print(
-            f"{epoch:5d}  {train[0]:10.4f}  {train[1]:9.2%}  {test[0]:9.4f}  {accuracy:8.2%}  {lr:.6f}{mark}", flush=True
-        )
+        figures = f"{epoch:5d}  {train[0]:10.4f}  {train[1]:9.2%}  {test[0]:9.4f}  {accuracy:8.2%}  {lr:.6f}"
+        print(f"{figures}{'  best' if best else ''}", flush=True)
 
 
 def settle_unread(photos: Photos, unread: dict[int, str], tolerated: float) -> None:
@@ -889,15 +890,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of the backbone's arithmetic"
     )
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=whole(1), default=20, metavar="N", help="passes of the head over the data")
+    optimisation.add_argument(
+        "--epochs", type=whole(1), default=20, metavar="N", help="passes of the head over the data"
+    )
     optimisation.add_argument("--batch-size", type=whole(1), default=64, metavar="N", help="images a step of the head")
     optimisation.add_argument("--lr", type=positive, default=0.005, metavar="RATE", help="Adam's learning rate")
     optimisation.add_argument(
-        "--views", type=whole(1), default=4, metavar="V", help="views kept of each training image, 1 plain and V-1 random"
+        "--views",
+        type=whole(1),
+        default=4,
+        metavar="V",
+        help="views kept of each training image, 1 plain and V-1 random",
     )
     optimisation.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of views, head and shuffling")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, default="best.pth", metavar="FILE", help="checkpoint; a .csv is put beside it")
+    output.add_argument(
+        "--out", type=Path, default="best.pth", metavar="FILE", help="checkpoint; a .csv is put beside it"
+    )
     return parser.parse_args(argv)
 
 
@@ -967,8 +976,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "device": str(device),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
-    save = lambda epoch, accuracy: save_checkpoint(args.out, model, {**about, "epoch": epoch, "accuracy": accuracy})
-    history = History(args.out.with_suffix(".csv"), save)
+    history = History(args.out, functools.partial(save_checkpoint, args.out, model), about)
     for epoch in range(1, args.epochs + 1):
         order = rows[torch.randperm(len(rows), generator=shuffle)]
         batches = batches_of(features, train.labels, order, (epoch - 1) % len(views), args.batch_size)

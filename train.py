@@ -105,6 +105,9 @@ def one_line_errors() -> Iterator[None]:
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr)
         sys.exit(error.status)
+    except BrokenPipeError:  # the reader of our output is gone, as in `| head -1`: nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt as stop:
         status = stop.args[0] if stop.args else 130
         print(f"stopped by {'SIGTERM' if status == 143 else 'Ctrl-C'}; files already saved are whole", file=sys.stderr)
@@ -586,6 +589,21 @@ def extract_features(
 
 FORMAT = 1  # of what `save_checkpoint` adds to a state dict
 ABOUT = "train.py"  # its key in the state dict's _metadata, which a plain load_state_dict ignores
+ABOUT_TYPES = {
+    "format": int,
+    "classes": list,  # of their names, str
+    "backbone": str,
+    "chosen_on": str,  # the list whose accuracy chose the epoch
+    "epoch": int,
+    "accuracy": float,
+    "seconds": float,
+    "date": str,
+    "device": str,
+    "precision": str,
+    "train_images": int,
+    "test_images": int,
+    "recipe": dict,  # the flags
+}
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], object]:
@@ -611,10 +629,10 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], object]:
     for _ in range(3):  # a checkpoint in a checkpoint is common, deeper nesting is not
         if not isinstance(found, dict):
             raise UserError(f"{name}: holds no state dict; save model.state_dict() with torch.save")
+        # dict's own methods here and below: a hostile OrderedDict may carry attributes by those names.
         metadata = vars(found).get("_metadata") if hasattr(found, "__dict__") else None
-        about = metadata.get(ABOUT) if isinstance(metadata, dict) else about
+        about = dict.get(metadata, ABOUT) if isinstance(metadata, dict) else about
         found = next((found[key] for key in ("model", "state_dict") if isinstance(dict.get(found, key), dict)), found)
-    # dict's own methods: a hostile OrderedDict may carry attributes by those names.
     items = {str(key): value for key, value in dict.items(found)}
     return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in items.items()}, about
 
@@ -643,10 +661,12 @@ def check_resnet18(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         if given is None:
             if not key.endswith("num_batches_tracked"):  # a count that nothing reads
                 problems.append(f"no {key}")
-        elif not isinstance(given, Tensor) or given.layout != torch.strided or given.is_complex():
+        elif not isinstance(given, Tensor) or given.layout != torch.strided or given.is_meta or given.is_quantized:
             problems.append(f"{key} is no plain tensor")
         elif given.shape != value.shape:
             problems.append(f"{key} is {'x'.join(map(str, given.shape))}, not {'x'.join(map(str, value.shape))}")
+        elif given.is_floating_point() != value.is_floating_point():
+            problems.append(f"{key} is {str(given.dtype).removeprefix('torch.')}")
         elif not given.isfinite().all():
             problems.append(f"{key} has values that are not finite")
     if problems:
@@ -682,10 +702,11 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
 
 def is_about(about: object, classes: int) -> bool:
     """Whether a checkpoint's own account has the form that `save_checkpoint` gives it."""
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    # Exact types: a subclass from a hostile file may carry anything under dict's method names.
+    if type(about) is not dict or any(type(about[key]) is not ABOUT_TYPES[key] for key in about if key in ABOUT_TYPES):
         return False
-    names = about.get("classes")
-    return isinstance(names, list) and len(names) == classes and all(isinstance(name, str) for name in names)
+    names = about.get("classes", ())
+    return about.get("format") == FORMAT and len(names) == classes and all(type(name) is str for name in names)
 
 
 def save_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -826,8 +847,9 @@ class History:
 
     COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "best")
 
-    def __init__(self, out: Path, save: Callable[[dict], None], about: dict):
-        self.path, self.save, self.about, self.rows = out.with_suffix(".csv"), save, about, []
+    def __init__(self, out: Path, save: Callable[[dict], None], about: dict, began: float):
+        self.path, self.save, self.about, self.began = out.with_suffix(".csv"), save, about, began
+        self.rows = []
         self.best_epoch, self.best_accuracy = 0, -math.inf
         print("epoch  train loss  train acc  test loss  test acc        lr")
 
@@ -836,7 +858,8 @@ class History:
         best = accuracy > self.best_accuracy
         if best:
             self.best_epoch, self.best_accuracy = epoch, accuracy
-            self.save({**self.about, "epoch": epoch, "accuracy": accuracy})
+            seconds = round(time.perf_counter() - self.began, 3)
+            self.save({**self.about, "epoch": epoch, "accuracy": accuracy, "seconds": seconds})
         self.rows.append((epoch, *train, *test, lr, int(best)))
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([self.COLUMNS, *self.rows])
@@ -969,6 +992,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = {
         "classes": names,
         "backbone": origin,
+        "chosen_on": test.name,
         "train_images": len(rows),
         "test_images": len(test),
         "recipe": {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str))},
@@ -976,7 +1000,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "device": str(device),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
-    history = History(args.out, functools.partial(save_checkpoint, args.out, model), about)
+    history = History(args.out, functools.partial(save_checkpoint, args.out, model), about, began)
     for epoch in range(1, args.epochs + 1):
         order = rows[torch.randperm(len(rows), generator=shuffle)]
         batches = batches_of(features, train.labels, order, (epoch - 1) % len(views), args.batch_size)

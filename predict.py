@@ -23,9 +23,10 @@ from train import (
     UserError,
     Views,
     as_rgb,
-    available_cores,
     backbone_of,
+    cores_of_rank,
     draw_views,
+    each_image,
     embed,
     embed_in_order,
     load_checkpoint,
@@ -74,7 +75,9 @@ def predict(classifier: Classifier, images: Sequence[str | os.PathLike | Image.I
     for image in images:
         photo = as_rgb(upright(image)) if isinstance(image, Image.Image) else read_photo(image)
         features = embed(classifier.backbone, draw_views(photo, [0], 0, 0), classifier.device, classifier.dtype)
-        named.append(likeliest(classifier.head(features).softmax(1)[0], classifier.classes, len(classifier.classes)))
+        named.append(
+            likeliest(classifier.head(features.float()[0]).softmax(0), classifier.classes, len(classifier.classes))
+        )
     return named
 
 
@@ -89,7 +92,7 @@ def predict_photos(
     classifier: Classifier, photos: Photos, batch_size: int, workers: int
 ) -> Iterator[tuple[int, Tensor | str]]:
     """Each image's number and its probabilities (C,), or the reason why it can't be read; in order."""
-    for rows, features, bad in embed_in_order(
+    batches = embed_in_order(
         classifier.backbone,
         Views(photos, [0], seed=0),
         range(len(photos)),
@@ -97,9 +100,9 @@ def predict_photos(
         dtype=classifier.dtype,
         batch_size=batch_size,
         workers=workers if len(photos) > batch_size else 0,
-    ):
-        probs = classifier.head(features).softmax(1) if rows else ()
-        yield from sorted([*zip(rows, probs), *bad.items()], key=lambda found: found[0])
+    )
+    for index, features in each_image(batches):
+        yield index, features if isinstance(features, str) else classifier.head(features.float()).softmax(0)
 
 
 def find_photos(arguments: Sequence[str]) -> Photos:
@@ -149,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     photos = find_photos(args.images)
     classifier = load(args.model, args.device)
     batch_size = args.batch_size or PASS_BATCH[classifier.device.type]
-    workers = available_cores() if args.workers is None else args.workers
+    workers = cores_of_rank() if args.workers is None else args.workers
     unread = 0
     for index, found in predict_photos(classifier, photos, batch_size, workers):
         path = shown(photos.path(index))

@@ -17,8 +17,10 @@ import csv
 import errno
 import functools
 import glob
+import hashlib
 import http.client
 import io
+import itertools
 import math
 import os
 import pickle
@@ -33,13 +35,18 @@ import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
+import torchvision
 from PIL import Image
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 from torchvision.models import ResNet18_Weights, resnet18
@@ -54,6 +61,9 @@ SHOWN_PROBLEMS = 10
 # Adjacent views share one pass through the caches: 16 is this network's fastest CPU batch.
 PASS_BATCH = {"cpu": 16, "cuda": 256, "mps": 64}
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # MPO opens as JPEG
+READING_VERSION = 1  # of how `read_photo` and `draw_views` make pixels: raise it and no cached feature is used
+CHUNK_ROWS = 1024  # images a file of the cache: what a killed pass may lose
+UNFROZEN_FROM = {"layer4": 7, "layer3": 6, "all": 0}  # places among resnet18's children
 UPRIGHT = {  # EXIF orientation: what turns the stored pixels upright (EXIF 2.32, tag 0x0112)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -84,7 +94,8 @@ def shown(name: str | bytes | os.PathLike) -> str:
 
 
 def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    if my_rank() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -102,15 +113,19 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        for line in error.lines:
+        for line in error.lines if my_rank() == 0 or error.status == 1 else ():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(error.status)
+    except dist.DistBackendError as error:
+        print(f"error: another rank died ({str(error).splitlines()[0]}); the saved files are whole", file=sys.stderr)
+        sys.exit(1)
     except BrokenPipeError:  # the reader of our output is gone, as in `| head -1`: nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt as stop:
         status = stop.args[0] if stop.args else 130
-        print(f"stopped by {'SIGTERM' if status == 143 else 'Ctrl-C'}; files already saved are whole", file=sys.stderr)
+        if my_rank() == 0:
+            print(f"stopped by {'SIGTERM' if status == 143 else 'Ctrl-C'}; what was saved is whole", file=sys.stderr)
         sys.exit(status)
 
 
@@ -140,6 +155,10 @@ class Photos:
 
     def paths(self) -> list[bytes]:
         return self.text.numpy().tobytes().split(b"\n")[:-1]
+
+    def subset(self, rows: Sequence[int]) -> "Photos":
+        paths, labels, lines = self.paths(), self.labels.tolist(), self.lines.tolist()
+        return Photos(self.name, [paths[r] for r in rows], [labels[r] for r in rows], [lines[r] for r in rows])
 
     def where(self, index: int) -> str:
         return f"{self.name}:{self.lines[index]}: {shown(self.path(index))}"
@@ -287,6 +306,18 @@ def class_names(photos: Photos, classes_path: Path | None, classes: int) -> list
     return names if telling else [str(label) for label in range(classes)]
 
 
+def split_validation(photos: Photos, share: float, seed: int) -> tuple[Photos, Photos]:
+    """What is left to train on, and a share of each class drawn by seed: at least one image, never all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    held = []
+    for label in photos.labels.unique():
+        rows = (photos.labels == label).nonzero().flatten()
+        count = min(max(1, round(share * len(rows))), len(rows) - 1)
+        held += rows[torch.randperm(len(rows), generator=generator)[:count]].tolist()
+    kept = sorted(set(range(len(photos))) - set(held))
+    return photos.subset(kept), photos.subset(sorted(held))
+
+
 def read_photo(path: str | bytes | os.PathLike) -> Image.Image:
     """Decode one image to upright RGB, large JPEGs at reduced scale. Raises PhotoError with the reason."""
     try:
@@ -422,7 +453,8 @@ def pick_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         have[:0] = ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
     if name == "auto":
-        return torch.device(have[0])
+        rank = os.environ.get("LOCAL_RANK")
+        return torch.device(f"cuda:{rank}" if rank and have[0] == "cuda" else have[0])
     if name not in have:
         raise UserError(f"--device {shown(name)}: this machine offers {', '.join(have)}; pick one of them or auto")
     return torch.device(name)
@@ -464,15 +496,17 @@ def backbone_of(model: nn.Module) -> nn.Sequential:
 
 
 def embed(module: nn.Module, views: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What a module gives for uint8 views (N, 224, 224, 3): float32, on the CPU."""
+    """What a module gives for uint8 views (N, 224, 224, 3), on its device, in the precision it ran in."""
     # Bytes seen as (N, 3, 224, 224) lie in channels_last order already.
     images = views.to(device, non_blocking=True).permute(0, 3, 1, 2)
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        return module(NORMALIZE(images.float().div_(255))).float().cpu()
+        return module(NORMALIZE(images.float().div_(255)))
 
 
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores_of_rank() -> int:
+    """The cores that this process may use, shared with the other ranks on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def ignore_interrupts(_: int) -> None:
@@ -510,8 +544,10 @@ def embed_in_order(
     dtype: torch.dtype,
     batch_size: int,
     workers: int,
+    per_image: int = 1,
 ) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
-    """Decode the rows of a dataset, and give what a module makes of their views, batch by batch, in order.
+    """Decode the rows of a dataset, and give what a module makes of their views, batch by batch, in order:
+    row numbers, values (n, ...) or (n, per_image, ...), and the reasons by row of what can't be read.
 
     On a CPU the worker that decodes an image also runs the module on it, single-threaded: no core waits for
     another, and features travel instead of pixels. For other devices workers decode and pixels travel.
@@ -535,7 +571,8 @@ def embed_in_order(
         )
         try:
             for indices, values, bad in loader:
-                yield indices, here(values) if here and indices else values, bad
+                values = here(values) if here and indices else values
+                yield indices, values.unflatten(0, (-1, per_image)) if per_image > 1 and indices else values, bad
                 done += len(indices) + len(bad)
         except RuntimeError as error:
             if not workers or "DataLoader worker" not in str(error):
@@ -554,7 +591,7 @@ class Progress:
     def add(self, count: int) -> None:
         self.done += count
         now = time.perf_counter()
-        if not sys.stderr.isatty() or (now - self.said < 0.2 and self.done < self.total):
+        if my_rank() or not sys.stderr.isatty() or (now - self.said < 0.2 and self.done < self.total):
             return
         self.said = now
         rate = self.done / (now - self.began)
@@ -564,25 +601,190 @@ class Progress:
         self.width = len(line)
 
 
+def each_image(batches: Iterable[tuple[list[int], Tensor, dict[int, str]]]) -> Iterator[tuple[int, Tensor | str]]:
+    """Image by image, in order: its row and its values, or the reason why it has none."""
+    for rows, values, bad in batches:
+        yield from sorted([*zip(rows, values, strict=False), *bad.items()], key=lambda image: image[0])
+
+
+class Features:
+    """Features of n images, float32 (n, V, 512), in chunks of `step` rows: in memory, or mapped from the cache."""
+
+    def __init__(self, chunks: Sequence[Tensor], step: int):
+        self.chunks, self.step = chunks, step
+
+    def take(self, rows: Tensor, view: int) -> Tensor:
+        """One view of some rows: (len(rows), 512)."""
+        if len(self.chunks) == 1:
+            return self.chunks[0][rows, view]
+        taken = torch.empty(len(rows), self.chunks[0].shape[2])
+        for chunk in (rows // self.step).unique().tolist():
+            here = rows // self.step == chunk
+            taken[here] = self.chunks[chunk][rows[here] - chunk * self.step, view]
+        return taken
+
+    def digests(self, count: int) -> list[int]:
+        """A number for each of the first `count` images that tells it by its evaluation view."""
+        rows = (features for chunk in self.chunks for features in chunk[:, 0])
+        return [hash(features.numpy().tobytes()) for features in itertools.islice(rows, count)]
+
+
 def extract_features(
-    backbone: nn.Module, dataset: Views, *, device: torch.device, dtype: torch.dtype, workers: int
-) -> tuple[Tensor, dict[int, str]]:
+    backbone: nn.Module,
+    dataset: Views,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    workers: int,
+    cache: Path | None = None,
+    tolerated: int = 0,
+    alone: bool = False,
+) -> tuple[Features | None, dict[int, str]]:
     """One pass: each image decoded once, each of its V views through the backbone once.
 
-    Returns features (N, V, 512), float32, on the CPU, and the reason for each row that could not be read.
+    Returns the features and the reason for each row that could not be read. With a cache, chunks found there
+    are not computed, and new ones are kept. Under torchrun each rank does its share, unless it works alone, and
+    the features are rank 0's alone. Raises UserError (status 1) where more images than tolerated can't be read,
+    and as `embed_in_order` and `save_atomically` do.
     """
-    count, views = len(dataset), len(dataset.views)
-    features, unread = torch.zeros(count, views, 512), {}
-    progress = Progress(f"{dataset.photos.name}:", count)
-    batch_size = max(1, PASS_BATCH[device.type] // views)
-    for rows, values, bad in embed_in_order(
-        backbone, dataset, range(count), device=device, dtype=dtype, batch_size=batch_size, workers=workers
-    ):
-        if rows:
-            features[rows] = values.view(len(rows), views, -1)
-        unread |= bad
-        progress.add(len(rows) + len(bad))
+    rows = range(len(dataset)) if alone else my_share(len(dataset))
+    step = CHUNK_ROWS if cache else max(1, len(rows))
+    spans = [range(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
+    paths, found = [], [None] * len(spans)
+    if cache:
+        recipe = recipe_digest(backbone, dataset, device, dtype)
+        paths = [chunk_path(cache, recipe, dataset.photos, span) for span in spans]
+        found = [
+            read_chunk(path, (len(span), len(dataset.views), 512)) for path, span in zip(paths, spans, strict=True)
+        ]
+    missing = [number for number, chunk in enumerate(found) if chunk is None]
+    images = each_image(
+        embed_in_order(
+            backbone,
+            dataset,
+            [row for number in missing for row in spans[number]],
+            device=device,
+            dtype=dtype,
+            batch_size=max(1, PASS_BATCH[device.type] // len(dataset.views)),
+            workers=workers,
+            per_image=len(dataset.views),
+        )
+    )
+    progress = Progress(f"{dataset.photos.name}:", sum(len(spans[number]) for number in missing))
+    for number in missing:
+        found[number] = fill_chunk(images, spans[number], len(dataset.views), progress)
+        if cache:
+            save_chunk(paths[number], *found[number])
+            found[number] = read_chunk(paths[number], found[number][0].shape) or found[number]
+    unread = {row: reason for _, reasons in found for row, reason in reasons.items()}
+    features = Features([chunk for chunk, _ in found], step)
+    if not alone and world_size() > 1:
+        features, unread = gather_features(features, unread, len(dataset))
+    settle_unread(dataset.photos, unread, tolerated)
     return features, unread
+
+
+def fill_chunk(
+    images: Iterator[tuple[int, Tensor | str]], span: range, views: int, progress: Progress
+) -> tuple[Tensor, dict[int, str]]:
+    """The features (len(span), V, 512) of the next images, and the reasons by row of those without."""
+    features, unread = torch.zeros(len(span), views, 512), {}
+    for row, values in itertools.islice(images, len(span)):
+        if isinstance(values, str):
+            unread[row] = values
+        else:
+            features[row - span.start] = values
+        progress.add(1)
+    return features, unread
+
+
+# The cache: a file a chunk, whose name covers all that its features depend on.
+
+
+def recipe_digest(backbone: nn.Module, dataset: Views, device: torch.device, dtype: torch.dtype) -> bytes:
+    """What features depend on besides the images: weights, views and their seed, arithmetic, versions."""
+    views = [str(EVALUATION_VIEW), str(RESIZE_TRAINING), str(TRAINING_VIEW), str(NORMALIZE), READING_VERSION]
+    versions = [torch.__version__, torchvision.__version__, PIL.__version__]
+    parts = [views, versions, list(dataset.views), dataset.seed, device.type, str(dtype)]
+    digest = hashlib.sha256(repr(parts).encode())
+    for key, value in backbone.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.digest()
+
+
+def chunk_path(cache: Path, recipe: bytes, photos: Photos, span: range) -> Path:
+    """Where the chunk of these rows is kept: each image counts with its row, path, size and modification time."""
+    digest = hashlib.sha256(recipe)
+    for row in span:
+        path = os.path.abspath(photos.path(row))
+        with contextlib.suppress(OSError):  # gone since the list was checked: the pass will say so
+            info = os.stat(path)
+            digest.update(repr((row, path, info.st_size, info.st_mtime_ns)).encode())
+    return cache / f"{digest.hexdigest()[:40]}.pt"
+
+
+def read_chunk(path: Path, shape: Sequence[int]) -> tuple[Tensor, dict[int, str]] | None:
+    """A kept chunk, memory-mapped, and its reasons by row; None, with a warning, where it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        chunk = load_untrusted(path, mmap=True)
+        features, unread = chunk["features"], chunk["unread"]
+        if features.shape == shape and features.dtype == torch.float32 and type(unread) is dict:
+            return features, unread
+    except (UserError, KeyError, TypeError, AttributeError):
+        pass
+    warn(f"{shown(path)}: damaged or foreign; computed again")
+    return None
+
+
+def save_chunk(path: Path, features: Tensor, unread: dict[int, str]) -> None:
+    buffer = io.BytesIO()
+    torch.save({"features": features, "unread": unread}, buffer)
+    save_atomically(path, buffer.getbuffer())
+
+
+# Ranks: the processes of one torchrun.
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def my_rank() -> int:
+    """This process among torchrun's; 0, the one that prints and writes, where it runs alone."""
+    return int(os.environ.get("RANK", 0))
+
+
+def join_ranks() -> None:
+    """Meet the other ranks where torchrun started this process. The others than rank 0 fall silent."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        # gloo for what lies on the CPU, and nccl for the gradients on CUDA. Rank 0 may train the head for hours.
+        dist.init_process_group(timeout=timedelta(hours=12))
+        if my_rank():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def my_share(count: int) -> range:
+    """This rank's rows of so many: equal slices, the last one shorter."""
+    size, rank = math.ceil(count / world_size()), my_rank() if dist.is_initialized() else 0
+    return range(min(rank * size, count), min((rank + 1) * size, count))
+
+
+def gather_features(features: Features, unread: dict[int, str], count: int) -> tuple[Features | None, dict[int, str]]:
+    """All ranks' features on rank 0, None on the others, and all ranks' unread rows on each."""
+    size = math.ceil(count / world_size())
+    shape = torch.tensor(features.chunks[0].shape[1:] if features.chunks else (0, 0))
+    dist.all_reduce(shape, op=dist.ReduceOp.MAX)  # a rank without rows does not know it
+    mine = torch.zeros(size, *shape.tolist())
+    for number, chunk in enumerate(features.chunks):
+        mine[number * features.step : number * features.step + len(chunk)] = chunk
+    chunks = [torch.empty_like(mine) for _ in range(world_size())] if my_rank() == 0 else None
+    dist.gather(mine, chunks)
+    reasons = [None] * world_size()
+    dist.all_gather_object(reasons, unread)
+    return Features(chunks, size) if chunks else None, {row: why for each in reasons for row, why in each.items()}
 
 
 # Weights and checkpoints
@@ -606,25 +808,29 @@ ABOUT_TYPES = {
 }
 
 
-def load_state(path: Path) -> tuple[dict[str, Tensor], object]:
-    """A state dict from an untrusted file, under torchvision's names, and what `save_checkpoint` said of it.
-
-    Nested under `model` or `state_dict`, or prefixed by DataParallel or torch.compile, is fine.
-    Raises UserError: no such file, damaged (checksums are checked), more than tensors in it, no state dict.
-    """
+def load_untrusted(path: Path, mmap: bool = False) -> object:
+    """What torch.save wrote: tensors and plain values. Raises UserError where it is damaged or holds more."""
     name = shown(path)
     try:
         with open(path, "rb") as file:
             if zipfile.is_zipfile(file):
                 check_zip(file)
-            file.seek(0)
-            found = torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
         raise UserError(f"{name}: {(error.strerror or str(error)).lower()}; name a file of weights") from None
     except Exception as error:  # parsers of untrusted bytes: damage comes as nearly any exception there is
         code = isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error)
         reason = "not a weights file: it holds more than tensors" if code else "damaged, or not a weights file"
         raise UserError(f"{name}: {reason}; get it again from its source") from None
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], object]:
+    """A state dict from an untrusted file, under torchvision's names, and what `save_checkpoint` said of it.
+
+    Nested under `model` or `state_dict`, or prefixed by DataParallel or torch.compile, is fine.
+    Raises UserError as `load_untrusted` does, and where there is no state dict in it.
+    """
+    name, found = shown(path), load_untrusted(path)
     about = None
     for _ in range(3):  # a checkpoint in a checkpoint is common, deeper nesting is not
         if not isinstance(found, dict):
@@ -729,8 +935,8 @@ def save_atomically(path: Path, content: bytes | memoryview) -> None:
             temporary.unlink()
 
 
-def prepare_output(path: Path) -> None:
-    """Check that a checkpoint can be saved there; sweep what a killed run left. Raises UserError."""
+def prepare_output(path: Path, cache: Path | None) -> None:
+    """Check that a checkpoint can be saved there and features kept; sweep what a killed run left. Raises UserError."""
     name, folder = shown(path), path.parent
     if path.is_dir():
         raise UserError(f"--out {name}: is a directory; name a file, such as {shown(path / 'best.pth')}")
@@ -744,6 +950,11 @@ def prepare_output(path: Path) -> None:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"--out {name}: can't write in {shown(folder)} ({reason}); name another folder") from None
+    try:
+        if cache:
+            cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--cache {shown(cache)}: {(error.strerror or str(error)).lower()}; name a folder") from None
     if free < CHECKPOINT_BYTES:
         raise UserError(
             f"--out {name}: disk full ({free >> 20} MB free, {CHECKPOINT_BYTES >> 20} needed); free some space"
@@ -802,10 +1013,33 @@ def find_weights(wish: str | None) -> tuple[dict[str, Tensor] | None, str, list[
 # Training
 
 
-def batches_of(features: Tensor, labels: Tensor, order: Tensor, view: int, batch_size: int) -> Iterator[tuple]:
+class Network(nn.Module):
+    """Unfrozen stages and the head on them, as `predict.py` computes both: the head always in float32."""
+
+    def __init__(self, tail: nn.Module, head: nn.Module, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.tail, self.head, self.device = tail, head, device
+        self.dtype = torch.float32 if dtype == torch.float16 else dtype  # float16's gradients would need scaling
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            features = self.tail(inputs)
+        return self.head(features.float())
+
+
+def batches_of(features: Features, labels: Tensor, order: Tensor, view: int, batch_size: int) -> Iterator[tuple]:
     """(features, labels) of one view, batch by batch, in the given order of rows."""
     for rows in order.split(batch_size):
-        yield features[rows, view], labels[rows]
+        yield features.take(rows, view), labels[rows]
+
+
+def mean_over(model: nn.Module, total_loss: float, right: int, count: int) -> tuple[float, float]:
+    """Loss and accuracy over the samples of all ranks that train the model."""
+    totals = torch.tensor([total_loss, right, count], dtype=torch.float64)
+    if isinstance(model, DistributedDataParallel):
+        dist.all_reduce(totals)
+    return (totals[0] / totals[2]).item(), (totals[1] / totals[2]).item()
 
 
 def train_one_epoch(
@@ -827,7 +1061,7 @@ def train_one_epoch(
         total_loss += loss.item() * len(labels)  # the last batch may be smaller
         right += (logits.argmax(1) == labels).sum().item()
         count += len(labels)
-    return total_loss / count, right / count
+    return mean_over(model, total_loss, right, count)
 
 
 @torch.inference_mode()
@@ -839,33 +1073,141 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
         total_loss += F.cross_entropy(logits, labels, reduction="sum").item()
         right += (logits.argmax(1) == labels).sum().item()
         count += len(labels)
-    return total_loss / count, right / count
+    return mean_over(model, total_loss, right, count)
+
+
+def train_epochs(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epochs: range,
+    train_batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
+    judge_batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    history: "History",
+) -> None:
+    """Train, evaluate, lower the rate where the accuracy has stalled, keep the best: the recipe's loop."""
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=3, factor=0.5)
+    for epoch in epochs:
+        lr = optimizer.param_groups[0]["lr"]
+        trained = train_one_epoch(model, train_batches(epoch), optimizer, epoch)
+        judged = evaluate(model, judge_batches())
+        plateau.step(judged[1])
+        history.add(epoch, trained, judged, lr)
+
+
+def train_head(
+    model: nn.Module,
+    train: Photos,
+    rows: Tensor,
+    judge: Photos,
+    features: Features,
+    judge_features: Features,
+    *,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    seed: int,
+    history: "History",
+) -> None:
+    """Train the head on kept features: epoch t on view t mod V of every image, t from 0."""
+    head = model.cpu().fc  # so small that a CPU beats any device's launch times
+    optimizer = torch.optim.Adam(head.parameters(), lr=lr)
+    shuffle = torch.Generator().manual_seed(seed)
+    views = features.chunks[0].shape[1]
+
+    def train_batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = rows[torch.randperm(len(rows), generator=shuffle)]
+        return batches_of(features, train.labels, order, (epoch - 1) % views, batch_size)
+
+    def judge_batches() -> Iterator[tuple[Tensor, Tensor]]:
+        return batches_of(judge_features, judge.labels, torch.arange(len(judge)), 0, batch_size)
+
+    train_epochs(head, optimizer, range(1, epochs + 1), train_batches, judge_batches, history)
+    restore_best(history.out, head)
+
+
+def fine_tune(
+    model: nn.Module,
+    train: Views,
+    rows: Tensor,
+    judge: Photos,
+    *,
+    unfreeze: str,
+    epochs: range,
+    rates: tuple[float, float],
+    batch_size: int,
+    seed: int,
+    history: "History",
+    **how,
+) -> None:
+    """Train the last stages with the head on fresh views; the trunk before them stays frozen, outside the graph.
+
+    From the best head on: a random head's gradients would spoil the features first (LP-FT, Kumar et al. 2022).
+    rates: of the stages and of the head. how: device, dtype and workers. Under torchrun each rank takes its
+    share of every batch and of the evaluation.
+    """
+    device, parts, cut = how["device"], list(model.to(how["device"]).children()), UNFROZEN_FROM[unfreeze]
+    trunk, tail = nn.Sequential(*parts[:cut]), nn.Sequential(*parts[cut:-1], nn.Flatten(1))
+    for parameter in tail.parameters():
+        parameter.requires_grad = True
+    network = Network(tail, model.fc, device, how["dtype"])
+    groups = [{"params": each.parameters(), "lr": lr} for each, lr in zip((tail, model.fc), rates, strict=True)]
+    optimizer = torch.optim.Adam(groups)
+    if world_size() > 1:
+        network = DistributedDataParallel(network)
+    shuffle = torch.Generator().manual_seed(seed)
+    batch = max(1, batch_size // world_size())
+
+    def inputs_of(views: Views, chosen: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        for indices, values, bad in embed_in_order(trunk, views, chosen, batch_size=batch, **how):
+            settle_unread(views.photos, bad, tolerated=0)  # the pass could read it
+            # Cloned outside inference mode, so that it can take part in a graph.
+            yield values.clone().to(device), views.photos.labels[indices].to(device)
+
+    def fresh_batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = rows[torch.randperm(len(rows), generator=shuffle)]
+        even = order[: len(order) - len(order) % world_size()]  # ranks must make the same number of steps
+        fresh = Views(train.photos, [len(train.views) + epoch - epochs.start], train.seed)
+        return inputs_of(fresh, even[my_rank() :: world_size()].tolist())
+
+    judged = list(inputs_of(Views(judge, [0], train.seed), my_share(len(judge))))  # the trunk runs on these once
+    train_epochs(network, optimizer, epochs, fresh_batches, lambda: judged, history)
 
 
 class History:
-    """The epochs' figures: a line each on stdout, a row each in the CSV file; the best one is saved."""
+    """The epochs' figures: a line each on stdout, a row each in the CSV file; the best one is saved. Rank 0 alone
+    prints and writes.
 
-    COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "best")
+    judge: test, or val, for the list that chooses the epoch.
+    """
 
-    def __init__(self, out: Path, save: Callable[[dict], None], about: dict, began: float):
-        self.path, self.save, self.about, self.began = out.with_suffix(".csv"), save, about, began
-        self.rows = []
+    def __init__(self, out: Path, save: Callable[[dict], None], about: dict, judge: str, began: float):
+        self.out, self.path, self.save, self.about, self.began = out, out.with_suffix(".csv"), save, about, began
+        columns = ("epoch", "train_loss", "train_accuracy", f"{judge}_loss", f"{judge}_accuracy", "lr", "best")
+        self.rows, self.judge = [columns], judge
         self.best_epoch, self.best_accuracy = 0, -math.inf
-        print("epoch  train loss  train acc  test loss  test acc        lr")
+        print(f"epoch  train loss  train acc  {judge + ' loss':>9}  {judge + ' acc':>8}        lr")
 
-    def add(self, epoch: int, train: tuple[float, float], test: tuple[float, float], lr: float) -> None:
-        accuracy = test[1]
-        best = accuracy > self.best_accuracy
+    def add(self, epoch: int, trained: tuple[float, float], judged: tuple[float, float], lr: float) -> None:
+        best = judged[1] > self.best_accuracy
         if best:
-            self.best_epoch, self.best_accuracy = epoch, accuracy
+            self.best_epoch, self.best_accuracy = epoch, judged[1]
+        if my_rank():
+            return
+        if best:
             seconds = round(time.perf_counter() - self.began, 3)
-            self.save({**self.about, "epoch": epoch, "accuracy": accuracy, "seconds": seconds})
-        self.rows.append((epoch, *train, *test, lr, int(best)))
+            self.save({**self.about, "epoch": epoch, "accuracy": judged[1], "seconds": seconds})
+        self.rows.append((epoch, *trained, *judged, lr, int(best)))
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([self.COLUMNS, *self.rows])
+        csv.writer(text, lineterminator="\n").writerows(self.rows)
         save_atomically(self.path, text.getvalue().encode())
-        figures = f"{epoch:5d}  {train[0]:10.4f}  {train[1]:9.2%}  {test[0]:9.4f}  {accuracy:8.2%}  {lr:.6f}"
+        figures = f"{epoch:5d}  {trained[0]:10.4f}  {trained[1]:9.2%}  {judged[0]:9.4f}  {judged[1]:8.2%}  {lr:.6f}"
         print(f"{figures}{'  best' if best else ''}", flush=True)
+
+
+def restore_best(out: Path, head: nn.Linear) -> None:
+    """Give the head the weights of its best epoch, as they were saved."""
+    state, _ = load_state(out)
+    head.load_state_dict({key: state[f"fc.{key}"] for key in ("weight", "bias")})
 
 
 def settle_unread(photos: Photos, unread: dict[int, str], tolerated: float) -> None:
@@ -879,15 +1221,24 @@ def settle_unread(photos: Photos, unread: dict[int, str], tolerated: float) -> N
         warn(f"{line}; skipped")
 
 
-def warn_of_overlap(train: Photos, test: Photos, train_features: Tensor, test_features: Tensor) -> None:
+def warn_of_overlap(train: Photos, test: Photos, train_features: Features, test_features: Features) -> None:
     """Warn where both lists hold an image, by path or by content: the same pixels give the same features."""
-    known = {features.numpy().tobytes() for features in train_features[:, 0]}
-    both = [i for i, features in enumerate(test_features[:, 0]) if features.numpy().tobytes() in known]
+    known = set(train_features.digests(len(train)))
+    both = [row for row, digest in enumerate(test_features.digests(len(test))) if digest in known]
     if both:
         warn(
             f"{len(both):,} of {len(test):,} test images are in {train.name} too, so the test accuracy is not to be "
-            f"believed: {some([test.where(index) for index in both])}"
+            f"believed: {some([test.where(row) for row in both])}"
         )
+
+
+def score_test(out: Path, test: Photos, features: Features | None, **how) -> float:
+    """The saved model's accuracy on the test list, from features where its backbone is still the frozen one."""
+    model, _ = load_checkpoint(out)
+    if features is None:
+        backbone = backbone_of(model).to(how["device"], memory_format=torch.channels_last)
+        features, _ = extract_features(backbone, Views(test, [0], seed=0), alone=True, **how)
+    return evaluate(model.fc, batches_of(features, test.labels, torch.arange(len(test)), 0, 1024))[1]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -896,40 +1247,45 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog="example: python train.py --epochs 20 && python predict.py photo.jpg",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    data = parser.add_argument_group("data")
-    data.add_argument("--train", type=Path, default="train.txt", metavar="LIST", help="training images: path and label")
-    data.add_argument("--test", type=Path, default="test.txt", metavar="LIST", help="test images: path and label")
-    data.add_argument("--root", type=Path, default=".", metavar="DIR", help="what the lists' paths are relative to")
-    data.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line (default: folder names)")
-    data.add_argument("--workers", type=whole(0), metavar="N", help="decoding processes (default: one a core)")
-    model = parser.add_argument_group("model")
-    model.add_argument(
+    data = parser.add_argument_group("data").add_argument
+    data("--train", type=Path, default="train.txt", metavar="LIST", help="training images: a path and a label a line")
+    data("--test", type=Path, default="test.txt", metavar="LIST", help="test images, likewise")
+    data("--root", type=Path, default=".", metavar="DIR", help="folder that the lists' paths are relative to")
+    data("--classes", type=Path, metavar="FILE", help="class names, one a line (default: the folders' names)")
+    data(
+        "--val-split",
+        type=share,
+        metavar="SHARE",
+        help="of the training list, to choose the epoch instead of the test list",
+    )
+    data("--cache", type=Path, metavar="DIR", help="keep features there and reuse them: 2 KB an image and view")
+    data("--workers", type=whole(0), metavar="N", help="decoding processes (default: one a core)")
+    model = parser.add_argument_group("model").add_argument
+    model(
         "--weights",
         metavar="NAME",
-        help="backbone: imagenet, none (random) or a ResNet-18 FILE (default: imagenet, offline the bundled one)",
+        help="imagenet, none (random) or a ResNet-18 FILE (default: imagenet, offline a stand-in)",
     )
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; auto takes the fastest")
-    model.add_argument(
-        "--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of the backbone's arithmetic"
+    model("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; auto takes the fastest")
+    model("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of the backbone's arithmetic")
+    optimisation = parser.add_argument_group("optimisation").add_argument
+    optimisation("--epochs", type=whole(1), default=20, metavar="N", help="epochs of the head")
+    optimisation("--batch-size", type=whole(1), default=64, metavar="N", help="images a training step")
+    optimisation("--lr", type=positive, default=0.005, metavar="RATE", help="Adam's learning rate for the head")
+    optimisation(
+        "--views", type=whole(1), default=4, metavar="V", help="views kept of a training image, all but one random"
     )
-    optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument(
-        "--epochs", type=whole(1), default=20, metavar="N", help="passes of the head over the data"
+    optimisation(
+        "--finetune-epochs", type=whole(0), default=0, metavar="N", help="epochs of head and last stages after those"
     )
-    optimisation.add_argument("--batch-size", type=whole(1), default=64, metavar="N", help="images a step of the head")
-    optimisation.add_argument("--lr", type=positive, default=0.005, metavar="RATE", help="Adam's learning rate")
-    optimisation.add_argument(
-        "--views",
-        type=whole(1),
-        default=4,
-        metavar="V",
-        help="views kept of each training image, 1 plain and V-1 random",
+    optimisation("--unfreeze", choices=tuple(UNFROZEN_FROM), default="layer4", help="first stage that these train")
+    optimisation(
+        "--finetune-lr", type=positive, default=1e-4, metavar="RATE", help="Adam's learning rate for the stages"
     )
-    optimisation.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of views, head and shuffling")
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--out", type=Path, default="best.pth", metavar="FILE", help="checkpoint; a .csv is put beside it"
-    )
+    optimisation("--seed", type=whole(0), default=0, metavar="N", help="of views, head and shuffling")
+    optimisation("--view-seed", type=whole(0), metavar="N", help="of views alone (default: --seed)")
+    output = parser.add_argument_group("output").add_argument
+    output("--out", type=Path, default="best.pth", metavar="FILE", help="checkpoint; a .csv is put beside it")
     return parser.parse_args(argv)
 
 
@@ -952,6 +1308,13 @@ def positive(text: str) -> float:
     raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
 
 
+def share(text: str) -> float:
+    """An argparse type: a number between 0 and 1."""
+    if (value := positive(text)) < 1:
+        return value
+    raise argparse.ArgumentTypeError(f"'{text}' is not a number between 0 and 1")
+
+
 @one_line_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
@@ -960,62 +1323,62 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Everything that can be checked is, before the first expensive step.
     device = pick_device(args.device)
     dtype = pick_precision(args.precision, device)
-    workers = available_cores() if args.workers is None else args.workers
     train, test = read_lists(args.train, args.test, args.root)
     classes = int(train.labels.max()) + 1
     names = class_names(train, args.classes, classes)
-    prepare_output(args.out)
+    train, judge = split_validation(train, args.val_split, args.seed) if args.val_split else (train, test)
+    chosen_on = f"{args.val_split:.0%} of {train.name}" if args.val_split else test.name
+    prepare_output(args.out, args.cache)
     weights, origin, caveats = find_weights(args.weights)
+    join_ranks()
     for caveat in caveats:
         warn(caveat)
     print(f"device    {device}, {str(dtype).removeprefix('torch.')}")
     print(f"backbone  ResNet-18, {origin}")
-    print(f"data      {len(train):,} training and {len(test):,} test images of {classes} classes", flush=True)
+    print(f"data      {len(train):,} training and {len(test):,} test images of {classes} classes")
+    print(f"best      epoch chosen on {chosen_on}", flush=True)
 
-    # One pass: the features of every view.
+    # One pass: the features of every view. A cache keeps all views, whatever the epochs of this run.
     model = build_model(classes, weights, args.seed)
-    backbone = backbone_of(model).to(device)
-    views = range(min(args.views, args.epochs))
-    extract = functools.partial(extract_features, backbone, device=device, dtype=dtype, workers=workers)
-    features, unread = extract(Views(train, views, args.seed))
-    settle_unread(train, unread, tolerated=max(1, len(train) // 100))
-    test_features, test_unread = extract(Views(test, [0], args.seed))
-    settle_unread(test, test_unread, tolerated=0)
-    warn_of_overlap(train, test, features, test_features)
-
-    # The head, on features: small enough that the CPU beats any device's launch times.
-    head = model.cpu().fc
-    optimizer = torch.optim.Adam(head.parameters(), lr=args.lr)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=3, factor=0.5)
-    shuffle = torch.Generator().manual_seed(args.seed)
+    how = {"device": device, "dtype": dtype, "workers": cores_of_rank() if args.workers is None else args.workers}
+    extract = functools.partial(extract_features, backbone_of(model).to(device), cache=args.cache, **how)
+    views = range(args.views if args.cache else min(args.views, args.epochs))
+    view_seed = args.seed if args.view_seed is None else args.view_seed
+    features, unread = extract(Views(train, views, view_seed), tolerated=max(1, len(train) // 100))
     rows = torch.tensor([row for row in range(len(train)) if row not in unread])
-    about = {
-        "classes": names,
-        "backbone": origin,
-        "chosen_on": test.name,
-        "train_images": len(rows),
-        "test_images": len(test),
-        "recipe": {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str))},
+    judge_features, _ = extract(Views(judge, [0], view_seed))
+    test_features = extract(Views(test, [0], view_seed))[0] if args.val_split else judge_features
+
+    recipe = {key: value for key, value in vars(args).items() if isinstance(value, int | float | str)}
+    sizes = {"train_images": len(rows), "test_images": len(test)}
+    ran = {
+        "device": device.type,
         "precision": str(dtype).removeprefix("torch."),
-        "device": str(device),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
-    history = History(args.out, functools.partial(save_checkpoint, args.out, model), about, began)
-    for epoch in range(1, args.epochs + 1):
-        order = rows[torch.randperm(len(rows), generator=shuffle)]
-        batches = batches_of(features, train.labels, order, (epoch - 1) % len(views), args.batch_size)
-        lr = optimizer.param_groups[0]["lr"]
-        trained = train_one_epoch(head, batches, optimizer, epoch)
-        tested = evaluate(head, batches_of(test_features, test.labels, torch.arange(len(test)), 0, args.batch_size))
-        plateau.step(tested[1])
-        history.add(epoch, trained, tested, lr)
-
-    for caveat in caveats:
-        warn(caveat)
-    seconds = time.perf_counter() - began
-    print(f"best test accuracy {history.best_accuracy:.2%} (epoch {history.best_epoch}), {seconds:.1f} s in all")
-    print(f"saved {shown(args.out)} and {shown(args.out.with_suffix('.csv'))}")
-    print(f"next: python predict.py {shown(test.path(0))}")
+    about = {"classes": names, "backbone": origin, "chosen_on": chosen_on, "recipe": recipe, **sizes, **ran}
+    save = functools.partial(save_checkpoint, args.out, model)
+    history = History(args.out, save, about, judge="val" if args.val_split else "test", began=began)
+    common = {"batch_size": args.batch_size, "seed": args.seed, "history": history}
+    if my_rank() == 0:
+        warn_of_overlap(train, test, features, test_features)
+        train_head(model, train, rows, judge, features, judge_features, epochs=args.epochs, lr=args.lr, **common)
+    if args.finetune_epochs:
+        epochs = range(args.epochs + 1, args.epochs + args.finetune_epochs + 1)
+        rates = (args.finetune_lr, args.lr / 10)
+        fresh = Views(train, views, view_seed)
+        fine_tune(model, fresh, rows, judge, unfreeze=args.unfreeze, epochs=epochs, rates=rates, **common, **how)
+    if my_rank() == 0:
+        for caveat in caveats:
+            warn(caveat)
+        print(f"saved     {shown(args.out)} and {shown(history.path)} in {time.perf_counter() - began:.1f} s")
+        print(
+            f"best      {history.judge} accuracy {history.best_accuracy:.2%}, epoch {history.best_epoch} ({chosen_on})"
+        )
+        if args.val_split:
+            known = test_features if history.best_epoch <= args.epochs else None
+            print(f"test      accuracy {score_test(args.out, test, known, **how):.2%}, scored once")
+        print(f"next      python predict.py {shown(args.test)} --report report.html")
 
 
 if __name__ == "__main__":

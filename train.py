@@ -234,12 +234,13 @@ def read_list(list_path: Path, root: Path) -> tuple[Photos, list[str]]:
     repeats = 0
     for number, line in enumerate(read_text(list_path).split(b"\n"), 1):
         fields = line.rsplit(None, 1)
-        if not fields or line.lstrip().startswith(b"#"):
+        listed = fields[0].strip() if fields else b"#"
+        if listed[:1] == b"#":
             continue
         if problem := label_problem(fields):
             problems.append(f"{name}:{number}: {problem}")
             continue
-        listed, label = fields[0].strip().removeprefix(b"./"), int(fields[1])
+        listed, label = listed.removeprefix(b"./"), int(fields[1])
         path = os.path.join(prefix, listed) if prefix else listed
         earlier = seen.setdefault(path, len(paths))
         if earlier < len(paths):
@@ -1095,7 +1096,7 @@ def train_epochs(
 
 
 def train_head(
-    model: nn.Module,
+    head: nn.Linear,
     train: Photos,
     rows: Tensor,
     judge: Photos,
@@ -1109,7 +1110,6 @@ def train_head(
     history: "History",
 ) -> None:
     """Train the head on kept features: epoch t on view t mod V of every image, t from 0."""
-    head = model.cpu().fc  # so small that a CPU beats any device's launch times
     optimizer = torch.optim.Adam(head.parameters(), lr=lr)
     shuffle = torch.Generator().manual_seed(seed)
     views = features.chunks[0].shape[1]
@@ -1122,7 +1122,6 @@ def train_head(
         return batches_of(judge_features, judge.labels, torch.arange(len(judge)), 0, batch_size)
 
     train_epochs(head, optimizer, range(1, epochs + 1), train_batches, judge_batches, history)
-    restore_best(history.out, head)
 
 
 def fine_tune(
@@ -1145,6 +1144,9 @@ def fine_tune(
     rates: of the stages and of the head. how: device, dtype and workers. Under torchrun each rank takes its
     share of every batch and of the evaluation.
     """
+    if my_rank() == 0:  # DistributedDataParallel hands its weights to the others
+        best, _ = load_state(history.out)
+        model.load_state_dict(best)
     device, parts, cut = how["device"], list(model.to(how["device"]).children()), UNFROZEN_FROM[unfreeze]
     trunk, tail = nn.Sequential(*parts[:cut]), nn.Sequential(*parts[cut:-1], nn.Flatten(1))
     for parameter in tail.parameters():
@@ -1202,12 +1204,6 @@ class History:
         save_atomically(self.path, text.getvalue().encode())
         figures = f"{epoch:5d}  {trained[0]:10.4f}  {trained[1]:9.2%}  {judged[0]:9.4f}  {judged[1]:8.2%}  {lr:.6f}"
         print(f"{figures}{'  best' if best else ''}", flush=True)
-
-
-def restore_best(out: Path, head: nn.Linear) -> None:
-    """Give the head the weights of its best epoch, as they were saved."""
-    state, _ = load_state(out)
-    head.load_state_dict({key: state[f"fc.{key}"] for key in ("weight", "bias")})
 
 
 def settle_unread(photos: Photos, unread: dict[int, str], tolerated: float) -> None:
@@ -1362,7 +1358,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     common = {"batch_size": args.batch_size, "seed": args.seed, "history": history}
     if my_rank() == 0:
         warn_of_overlap(train, test, features, test_features)
-        train_head(model, train, rows, judge, features, judge_features, epochs=args.epochs, lr=args.lr, **common)
+        # On the CPU: the head is so small that a device's launch times would cost more.
+        train_head(
+            model.cpu().fc, train, rows, judge, features, judge_features, epochs=args.epochs, lr=args.lr, **common
+        )
     if args.finetune_epochs:
         epochs = range(args.epochs + 1, args.epochs + args.finetune_epochs + 1)
         rates = (args.finetune_lr, args.lr / 10)

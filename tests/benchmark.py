@@ -1,0 +1,432 @@
+"""Measure train.py and predict.py against the tutorial's plain loop and against the backbone's own speed.
+
+    python tests/benchmark.py                      # all rows but accuracy, about 15 minutes on 2 cores
+    python tests/benchmark.py --only accuracy      # 3 seeds of 20 plain epochs each: about half an hour
+    python tests/benchmark.py views                # what the head should train on: a table of its own
+
+What is compared alternates within one run; medians are quoted. The plain loop runs --plain-epochs epochs and is
+scaled to 20, since its epochs cost the same.
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+WEIGHTS = ROOT / "food" / "resnet18-grocery.pth"
+EPOCHS = 20
+SELF = [sys.executable, str(Path(__file__).resolve())]
+
+
+def plain_loop(train_list: str, test_list: str, epochs: str, seed: str, unfreeze: str = "fc") -> None:
+    """The tutorial's loop: decode and augment every image anew in every epoch, BatchNorm in training mode."""
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torch import nn
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision import models
+    from torchvision import transforms as T
+
+    torch.manual_seed(int(seed))
+    net = models.resnet18()
+    net.load_state_dict(torch.load(WEIGHTS, weights_only=True), strict=False)
+    for parameter in net.parameters():
+        parameter.requires_grad = False
+    net.fc = nn.Linear(net.fc.in_features, 20)
+    net.get_submodule(unfreeze).requires_grad_(True)
+    norm = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    random_steps = [T.Resize([300, 300]), T.RandomRotation(45), T.CenterCrop(224), T.RandomHorizontalFlip(0.5)]
+    random_steps += [T.RandomVerticalFlip(0.5), T.ColorJitter(0.4, 0.4, 0.4, 0.1)]
+    training_view = T.Compose([*random_steps, T.ToTensor(), norm])
+    test_view = T.Compose([T.Resize([224, 224]), T.ToTensor(), norm])
+
+    class Listed(Dataset):
+        def __init__(self, path, view):
+            self.rows, self.view = [line.split() for line in open(path)], view
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, index):
+            path, label = self.rows[index]
+            return self.view(Image.open(path).convert("RGB")), torch.from_numpy(np.array(label, dtype=np.int64))
+
+    train_loader = DataLoader(Listed(train_list, training_view), batch_size=64, shuffle=True)
+    test_loader = DataLoader(Listed(test_list, test_view), batch_size=64, shuffle=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    net = net.to(device)
+    adam = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=0.005)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(adam, "max", patience=3, factor=0.5)
+    history, seconds = [], []
+    for _ in range(int(epochs)):
+        began = time.perf_counter()
+        net.train()
+        for images, labels in train_loader:
+            loss = nn.functional.cross_entropy(net(images.to(device)), labels.to(device))
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        net.eval()
+        right = 0
+        with torch.no_grad():
+            for images, labels in test_loader:
+                right += (net(images.to(device)).argmax(1).cpu() == labels).sum().item()
+        history.append(right / len(test_loader.dataset))
+        if history[-1] == max(history):
+            torch.save(net.state_dict(), os.devnull)
+        plateau.step(history[-1])
+        seconds.append(time.perf_counter() - began)
+    print(json.dumps({"history": history, "epochs": seconds}))
+
+
+def pass_rates(folder: str, count: str) -> None:
+    """Views/s of the pass over a folder's images, and of the backbone on ready tensors: same dtype, batch, cores."""
+    import torch
+
+    import train
+
+    paths = sorted(os.fsencode(path) for path in Path(folder).rglob("*.jpg"))[: int(count)]
+    photos = train.Photos("bench", paths, [0] * len(paths), range(len(paths)))
+    device = train.pick_device("auto")
+    dtype = train.pick_precision("auto", device)
+    backbone = train.backbone_of(train.build_model(20, train.load_backbone(WEIGHTS), 0)).to(device)
+    batch = train.PASS_BATCH[device.type]
+    ready = torch.randn(batch, 3, 224, 224, device=device).to(memory_format=torch.channels_last)
+    how = {"device": device, "dtype": dtype, "workers": train.cores_of_rank()}
+    found = {"ready": [], "pass": [], "evaluation": []}
+    for _ in range(3):
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            backbone(ready)[0, 0].item()
+            rounds, began = 0, time.perf_counter()
+            while time.perf_counter() - began < 4:
+                backbone(ready)[0, 0].item()
+                rounds += 1
+        found["ready"].append(rounds * batch / (time.perf_counter() - began))
+        for name, views in (("pass", range(4)), ("evaluation", [0])):
+            began = time.perf_counter()
+            train.extract_features(backbone, train.Views(photos, views, 0), **how)
+            found[name].append(len(paths) * len(views) / (time.perf_counter() - began))
+    print(json.dumps({name: statistics.median(values) for name, values in found.items()}))
+
+
+def parse_list(path: str) -> None:
+    """Seconds to parse and check a list, and bytes kept a line."""
+    import train
+
+    began = time.perf_counter()
+    photos, problems = train.read_list(Path(path), Path())
+    seconds = time.perf_counter() - began
+    kept = sum(each.nbytes for each in (photos.text, photos.ends, photos.labels, photos.lines))
+    print(
+        json.dumps({"seconds": seconds, "bytes": kept / len(photos), "lines": len(photos), "problems": len(problems)})
+    )
+
+
+def run(*command: object, cwd: Path = ROOT) -> tuple[float, str]:
+    """Seconds of a whole process, and its stdout."""
+    began = time.perf_counter()
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        sys.exit(f"{command}\n{done.stderr}")
+    return seconds, done.stdout
+
+
+def run_json(*command: object, cwd: Path = ROOT) -> dict:
+    return json.loads(run(*SELF, *command, cwd=cwd)[1].splitlines()[-1])
+
+
+def train_command(out: Path, *more: object) -> list:
+    return [sys.executable, ROOT / "train.py", "--epochs", EPOCHS, "--weights", WEIGHTS, "--out", out, *more]
+
+
+def repeat_sample(folder: Path, name: str, count: int) -> Path:
+    """A list of so many sample images, the sample's own repeated under distinct paths."""
+    lines = (ROOT / f"{name}.txt").read_text().split("\n")[:-1]
+    with open(folder / f"{name}_{count}.txt", "w") as file:
+        for n in range(count):
+            copy = folder / f"copy{n // len(lines)}"
+            if not copy.exists():
+                copy.symlink_to(ROOT / "food", target_is_directory=True)
+            file.write(lines[n % len(lines)].replace("./food", copy.name) + "\n")
+    return Path(file.name)
+
+
+def compare_jobs(lists: tuple[Path, Path], folder: Path, repeats: int, plain_epochs: int) -> tuple[float, float]:
+    """Median seconds of the plain loop, scaled to 20 epochs, and of train.py, in turn."""
+    plain, ours = [], []
+    for _ in range(repeats):
+        ours.append(run(*train_command(folder / "o.pth", "--train", lists[0], "--test", lists[1]), cwd=folder)[0])
+        seconds, out = run(*SELF, "plain", *lists, plain_epochs, 0, cwd=folder)
+        epochs = json.loads(out.splitlines()[-1])["epochs"]
+        plain.append(seconds - sum(epochs) + EPOCHS * statistics.mean(epochs))
+    return statistics.median(plain), statistics.median(ours)
+
+
+def row_main(folder: Path, args) -> tuple:
+    (folder / "food").symlink_to(ROOT / "food", target_is_directory=True)
+    plain, ours = compare_jobs((ROOT / "train.txt", ROOT / "test.txt"), folder, args.repeats, args.plain_epochs)
+    return f"{plain:.0f} s / {ours:.1f} s", plain / ours, ">=", 15, "x"
+
+
+def row_larger(folder: Path, args) -> tuple:
+    lists = repeat_sample(folder, "train", 1500), repeat_sample(folder, "test", 1300)
+    plain, ours = compare_jobs(lists, folder, 1, 1)
+    return f"{plain:.0f} s / {ours:.1f} s", plain / ours, ">=", 20, "x"
+
+
+def row_pass(folder: Path, args) -> tuple:
+    found = run_json("pass", ROOT / "food", 475)
+    return f"{found['pass']:.1f} / {found['ready']:.1f} views/s", found["pass"] / found["ready"], ">=", 0.80, ""
+
+
+def row_phone(folder: Path, args) -> tuple:
+    import numpy as np
+    from PIL import Image
+
+    (folder / "phone").mkdir()
+    grain = np.random.default_rng(0)
+    for number, path in enumerate(sorted((ROOT / "food").rglob("train_0[1-3].jpg"))[:60]):
+        pixels = np.asarray(Image.open(path).resize((4000, 3000), Image.Resampling.BICUBIC), dtype=np.int16)
+        noisy = pixels + grain.integers(-8, 9, pixels.shape, dtype=np.int16)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"phone/{number}.jpg", quality=88)
+    small, large = run_json("pass", ROOT / "food", 60), run_json("pass", folder / "phone", 60)
+    return f"{4 / large['pass']:.4f} / {4 / small['pass']:.4f} s", small["pass"] / large["pass"], "<=", 2.0, ""
+
+
+def row_accuracy(folder: Path, args) -> tuple:
+    (folder / "food").symlink_to(ROOT / "food", target_is_directory=True)
+    ours, plain = [], []
+    for seed in range(3):
+        out = run(*train_command(folder / "o.pth", "--seed", seed))[1]
+        ours.append(float(re.search(r"accuracy ([\d.]+)%", out)[1]))
+        plain.append(
+            100 * max(run_json("plain", ROOT / "train.txt", ROOT / "test.txt", EPOCHS, seed, cwd=folder)["history"])
+        )
+    each = [f"{statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" for v in (ours, plain)]
+    return f"{each[0]} - {each[1]} %", statistics.mean(ours) - statistics.mean(plain), ">=", 0, "points"
+
+
+def row_finetune(folder: Path, args) -> tuple:
+    (folder / "food").symlink_to(ROOT / "food", target_is_directory=True)
+    ours, plain = [], []
+    for _ in range(args.repeats):
+        short, long = (
+            run(*train_command(folder / "o.pth", "--cache", folder / "c", "--finetune-epochs", n))[0] for n in (1, 4)
+        )
+        ours.append((long - short) / 3)
+        found = run_json("plain", ROOT / "train.txt", ROOT / "test.txt", 1, 0, "layer4", cwd=folder)
+        plain.append(found["epochs"][0])
+    ours, plain = statistics.median(ours), statistics.median(plain)
+    return f"{ours:.1f} / {plain:.1f} s", ours / plain, "<=", 0.7, ""
+
+
+def row_gain(folder: Path, args) -> tuple:
+    head, tuned = [], []
+    for seed in range(3):
+        run(*train_command(folder / "o.pth", "--seed", seed, "--finetune-epochs", 10))
+        with open(folder / "o.csv", newline="") as file:
+            accuracies = [100 * float(row["test_accuracy"]) for row in csv.DictReader(file)]
+        head.append(max(accuracies[:EPOCHS]))
+        tuned.append(max(accuracies))
+    each = [f"{statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" for v in (tuned, head)]
+    return f"{each[0]} - {each[1]} %", statistics.mean(tuned) - statistics.mean(head), ">=", 0, "points"
+
+
+def compare_views() -> None:
+    """Best test accuracy, mean and spread of 5 head seeds, by the views that the head trains on."""
+    import torch
+
+    import train
+
+    test, train_list = (train.read_list(ROOT / f"{name}.txt", ROOT)[0] for name in ("test", "train"))
+    device = train.pick_device("auto")
+    how = {"device": device, "dtype": train.pick_precision("auto", device), "workers": train.cores_of_rank()}
+    model = train.build_model(20, train.load_backbone(WEIGHTS), 0)
+    backbone = train.backbone_of(model).to(device)
+    features = train.extract_features(backbone, train.Views(train_list, range(21), 0), **how)[0].chunks[0]
+    judge = train.extract_features(backbone, train.Views(test, [0], 0), **how)[0]
+    kept = {f"{n} random": range(1, n + 1) for n in (1, 2, 4, 20)}
+    kept |= {"the evaluation view": range(1), "the evaluation view and 3 random (the default)": range(4)}
+    print("| views the head trains on | best test accuracy |\n|---|---|")
+    for name, views in kept.items():
+        best = []
+        for seed in range(5):
+            head = train.build_model(20, None, seed).fc
+            chosen = train.Features([features[:, list(views)]], len(train_list))
+            history = Best()
+            rows = torch.arange(len(train_list))
+            options = {"epochs": EPOCHS, "lr": 0.005, "batch_size": 64, "seed": seed, "history": history}
+            train.train_head(head, train_list, rows, test, chosen, judge, **options)
+            best.append(100 * history.best)
+        print(f"| {name} | {statistics.mean(best):.1f} ± {statistics.stdev(best):.1f} % |", flush=True)
+
+
+class Best:
+    """In place of train.History: the best accuracy, and nothing written."""
+
+    best = 0.0
+
+    def add(self, epoch: int, trained: tuple, judged: tuple, lr: float) -> None:
+        self.best = max(self.best, judged[1])
+
+
+def row_one_photo(folder: Path, args) -> tuple:
+    run(*train_command(folder / "o.pth", "--epochs", 1))
+    photo, alone = [], []
+    for _ in range(max(5, args.repeats)):
+        photo.append(run(sys.executable, "predict.py", "food/banana/test_01.jpg", "--model", folder / "o.pth")[0])
+        alone.append(run(sys.executable, "-c", "import torch, torchvision")[0])
+    ratio = statistics.median(a / b for a, b in zip(photo, alone, strict=True))
+    return f"{statistics.median(photo):.2f} / {statistics.median(alone):.2f} s", ratio, "<=", 1.15, ""
+
+
+def row_folder(folder: Path, args) -> tuple:
+    run(*train_command(folder / "o.pth", "--epochs", 1))
+    predict = [sys.executable, "predict.py", "--model", folder / "o.pth"]
+    rates, ready = [], []
+    for _ in range(args.repeats):
+        one, whole = run(*predict, "food/banana/test_01.jpg")[0], run(*predict, "food")[0]
+        rates.append(774 / (whole - one))
+        ready.append(run_json("pass", ROOT / "food", 16)["ready"])
+    rate, limit = statistics.median(rates), statistics.median(ready)
+    return f"{rate:.1f} / {limit:.1f} images/s", rate / limit, ">=", 0.80, ""
+
+
+def row_growth(folder: Path, args) -> tuple:
+    seconds = []
+    for count in (200, 800):
+        lists = ["--train", repeat_sample(folder, "train", count), "--test", repeat_sample(folder, "test", count // 2)]
+        runs = [run(*train_command(folder / "o.pth", *lists), cwd=folder)[1] for _ in range(args.repeats)]
+        seconds.append(statistics.median(float(re.search(r"in ([\d.]+) s", out)[1]) for out in runs))
+    return f"{seconds[1]:.1f} / {seconds[0]:.1f} s", seconds[1] / seconds[0], "<=", 4.1, ""
+
+
+def peak_memory(*command: object) -> float:
+    """MB of a process and its children at their largest together: shared pages count once (Linux's Pss)."""
+    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, stdout=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        total = 0
+        with contextlib.suppress(OSError):  # a process ended while it was read
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            for pid in [process.pid, *children]:
+                total += int(
+                    re.search(r"^Pss: *(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text() + "\nPss: 0", re.M)[1]
+                )
+        peak = max(peak, total)
+        time.sleep(0.1)
+    return peak / 1024
+
+
+def row_memory(folder: Path, args) -> tuple:
+    base = peak_memory(sys.executable, "-c", "import torch, torchvision, time; time.sleep(1)")
+    job = peak_memory(*train_command(folder / "o.pth"))
+    allowed = 600 + 3 * (475 * 4 + 300) / 1024
+    return f"{job:.0f} - {base:.0f} MB", job - base, "<=", round(allowed), "MB"
+
+
+def make_million(folder: Path) -> Path:
+    """A list of a million distinct paths that exist: a thousand links to one folder of a thousand empty files."""
+    (folder / "files").mkdir(exist_ok=True)
+    for n in range(1000):
+        (folder / f"files/photo_{n:06d}.jpg").touch()
+        (folder / f"class_{n:03d}").symlink_to("files", target_is_directory=True)
+    with open(folder / "million.txt", "w") as file:
+        for c in range(1000):
+            file.writelines(f"class_{c:03d}/photo_{n:06d}.jpg {c}\n" for n in range(1000))
+    return folder / "million.txt"
+
+
+def row_list(folder: Path, args) -> tuple:
+    path = make_million(folder)
+    found = [run_json("list", path, cwd=folder) for _ in range(args.repeats)]
+    assert all(each["lines"] == 1_000_000 and not each["problems"] for each in found)
+    return (
+        f"{found[0]['bytes']:.0f} B a line (at most 250)",
+        statistics.median(e["seconds"] for e in found),
+        "<=",
+        5,
+        "s",
+    )
+
+
+ROWS = {
+    "main": ("main job, 20 epochs: plain loop / train.py", row_main),
+    "larger": ("the same, 1,500 + 1,300 images", row_larger),
+    "pass": ("the pass / backbone on ready tensors", row_pass),
+    "phone": ("12-megapixel photo / 348 px image, 4 views", row_phone),
+    "accuracy": ("test accuracy, ours - plain, 3 seeds", row_accuracy),
+    "finetune": ("a fine-tuning epoch of layer4 / the plain loop's", row_finetune),
+    "gain": ("test accuracy, 10 fine-tuning epochs - head alone, 3 seeds", row_gain),
+    "one": ("predict.py, one photo / importing torch", row_one_photo),
+    "folder": ("predict.py, a folder / backbone", row_folder),
+    "growth": ("time for 4n images / for n, after start-up", row_growth),
+    "memory": ("peak memory - that of importing torch", row_memory),
+    "list": ("a list of 1,000,000 lines, parsed and checked", row_list),
+}
+
+
+SLOW = ("accuracy", "gain")
+
+
+def describe_machine() -> str:
+    import PIL
+    import torch
+    import torchvision
+
+    import train
+
+    device = train.pick_device("auto")
+    cpu = next(
+        (line.split(": ")[1] for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
+    )
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu.strip()
+    return (
+        f"{name}, {train.cores_of_rank()} cores, {torch.get_num_threads()} threads, "
+        f"{train.pick_precision('auto', device)}; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"torchvision {torchvision.__version__}, Pillow {PIL.__version__}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=ROWS, help="these rows alone")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each command whose median is taken")
+    parser.add_argument(
+        "--plain-epochs", type=int, default=1, help="epochs that the plain loop runs before it is scaled"
+    )
+    args = parser.parse_args()
+    print(f"{describe_machine()}\nplain loop: {args.plain_epochs} epoch(s) run, scaled to {EPOCHS}\n")
+    print("| what | measured | result | at least / at most |\n|---|---|---|---|")
+    for name in args.only or [name for name in ROWS if name not in SLOW]:
+        what, row = ROWS[name]
+        with tempfile.TemporaryDirectory() as folder:
+            measured, value, sign, bound, unit = row(Path(folder), args)
+        met = value >= bound if sign == ">=" else value <= bound
+        print(
+            f"| {what} | {measured} | {value:.2f} {unit} | {sign} {bound} {unit}{'' if met else ' MISSED'} |",
+            flush=True,
+        )
+    if not args.only:
+        print(f"\nnot run, since they take long: {', '.join(SLOW)}; name them with --only")
+
+
+if __name__ == "__main__":
+    inner = {"plain": plain_loop, "pass": pass_rates, "list": parse_list, "views": compare_views}
+    if sys.argv[1:2] and sys.argv[1] in inner:
+        inner[sys.argv[1]](*sys.argv[2:])
+    else:
+        main()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from train import (
     PASS_BATCH,
     SHOWN_PROBLEMS,
+    Help,
     Photos,
     Progress,
     UserError,
@@ -326,7 +327,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Name what is in images; of lists with labels, say how much is right.",
         epilog="example: python predict.py test.txt --report report.html",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     what = "images, folders, lists ending in .txt, or - for paths on standard input"
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=what)

@@ -1237,51 +1237,43 @@ def score_test(out: Path, test: Photos, features: Features | None, **how) -> flo
     return evaluate(model.fc, batches_of(features, test.labels, torch.arange(len(test)), 0, 1024))[1]
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not that of a flag whose default is to be off."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a classifier from lists of images: a frozen ResNet-18 with a new head.",
         epilog="example: python train.py --epochs 20 && python predict.py photo.jpg",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
-    data = parser.add_argument_group("data").add_argument
-    data("--train", type=Path, default="train.txt", metavar="LIST", help="training images: a path and a label a line")
-    data("--test", type=Path, default="test.txt", metavar="LIST", help="test images, likewise")
-    data("--root", type=Path, default=".", metavar="DIR", help="folder that the lists' paths are relative to")
-    data("--classes", type=Path, metavar="FILE", help="class names, one a line (default: the folders' names)")
-    data(
-        "--val-split",
-        type=share,
-        metavar="SHARE",
-        help="of the training list, to choose the epoch instead of the test list",
-    )
-    data("--cache", type=Path, metavar="DIR", help="keep features there and reuse them: 2 KB an image and view")
-    data("--workers", type=whole(0), metavar="N", help="decoding processes (default: one a core)")
-    model = parser.add_argument_group("model").add_argument
-    model(
-        "--weights",
-        metavar="NAME",
-        help="imagenet, none (random) or a ResNet-18 FILE (default: imagenet, offline a stand-in)",
-    )
-    model("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; auto takes the fastest")
-    model("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of the backbone's arithmetic")
-    optimisation = parser.add_argument_group("optimisation").add_argument
-    optimisation("--epochs", type=whole(1), default=20, metavar="N", help="epochs of the head")
-    optimisation("--batch-size", type=whole(1), default=64, metavar="N", help="images a training step")
-    optimisation("--lr", type=positive, default=0.005, metavar="RATE", help="Adam's learning rate for the head")
-    optimisation(
-        "--views", type=whole(1), default=4, metavar="V", help="views kept of a training image, all but one random"
-    )
-    optimisation(
-        "--finetune-epochs", type=whole(0), default=0, metavar="N", help="epochs of head and last stages after those"
-    )
-    optimisation("--unfreeze", choices=tuple(UNFROZEN_FROM), default="layer4", help="first stage that these train")
-    optimisation(
-        "--finetune-lr", type=positive, default=1e-4, metavar="RATE", help="Adam's learning rate for the stages"
-    )
-    optimisation("--seed", type=whole(0), default=0, metavar="N", help="of views, head and shuffling")
-    optimisation("--view-seed", type=whole(0), metavar="N", help="of views alone (default: --seed)")
-    output = parser.add_argument_group("output").add_argument
-    output("--out", type=Path, default="best.pth", metavar="FILE", help="checkpoint; a .csv is put beside it")
+    add = parser.add_argument_group("data").add_argument
+    add("--train", type=Path, default="train.txt", metavar="LIST", help="training images: a path and a label a line")
+    add("--test", type=Path, default="test.txt", metavar="LIST", help="test images, likewise")
+    add("--root", type=Path, default=".", metavar="DIR", help="folder that the lists' paths are relative to")
+    add("--classes", type=Path, metavar="FILE", help="class names, one a line (default: the folders' names)")
+    add("--val-split", type=share, metavar="SHARE", help="choose the epoch on this share of the training list")
+    add("--cache", type=Path, metavar="DIR", help="keep features there and reuse them: 2 KB an image and view")
+    add("--workers", type=whole(0), metavar="N", help="decoding processes (default: one a core)")
+    add = parser.add_argument_group("model").add_argument
+    add("--weights", metavar="NAME", help="imagenet (default), none (random), or a ResNet-18 FILE")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:N or mps; auto takes the fastest")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of the backbone's arithmetic")
+    add("--unfreeze", choices=tuple(UNFROZEN_FROM), default="layer4", help="first stage that fine-tuning trains")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=whole(1), default=20, metavar="N", help="epochs of the head")
+    add("--finetune-epochs", type=whole(0), default=0, metavar="N", help="then epochs of the last stages and head")
+    add("--batch-size", type=whole(1), default=64, metavar="N", help="images a training step")
+    add("--lr", type=positive, default=0.005, metavar="RATE", help="Adam's learning rate for the head")
+    add("--finetune-lr", type=positive, default=1e-4, metavar="RATE", help="Adam's learning rate for the stages")
+    add("--views", type=whole(1), default=4, metavar="V", help="kept of each training image, all but one random")
+    add("--seed", type=whole(0), default=0, metavar="N", help="of views, head and shuffling")
+    add("--view-seed", type=whole(0), metavar="N", help="of views alone (default: --seed)")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, default="best.pth", metavar="FILE", help="checkpoint; a .csv is put beside it")
     return parser.parse_args(argv)
 
 

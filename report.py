@@ -1,0 +1,636 @@
+"""One HTML file that shows what a classifier gets right and wrong; predict.py calls `write_report`.
+
+Everything is inline, style, charts and thumbnails, and there is no script: the page
+opens by a double click, asks nothing of any network, and prints.
+"""
+
+import base64
+import html
+import io
+import math
+import os
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from train import PhotoError, read_photo, shown
+
+MISTAKES, HITS = 24, 12  # images shown of each
+THUMBNAIL = 112  # pixels of the longer side
+BINS = 10  # of confidence, as Guo et al. (2017) have them
+MOST_DROPS = 12  # of the learning rate that are marked
+FEW = 10  # images below which a share says little
+WIDTH, HEIGHT = 420, 270  # of a chart, in its own units; the page scales it
+LEFT, TOP, RIGHT, BOTTOM = 44, 38, 400, 230  # of a chart's plot
+CELLS = ((24, 34, 12), (60, 23, 11), (math.inf, 15, 9.5))  # matrix: classes up to, cell and letter size in pixels
+NAME_WIDTH = 22  # letters of a class name beside the matrix
+PRINT_WIDTH = 660  # pixels of A4 between its margins
+NONE = "–"
+
+STYLE = """
+:root { --paper: #fff; --ink: #1a1c20; --soft: #5a616c; --rule: #e2e5e9; --wash: #f4f5f7;
+  --blue: #0072b2; --orange: #d55e00; --deep: #003a70; color-scheme: light }
+@media screen and (prefers-color-scheme: dark) { :root { --paper: #131519; --ink: #e8eaed; --soft: #a1a8b3;
+  --rule: #2d3138; --wash: #1c1f25; --blue: #56b4e9; --orange: #e69f00; --deep: #86caf7; color-scheme: dark } }
+* { box-sizing: border-box }
+html { -webkit-text-size-adjust: 100% }
+body { margin: 0 auto; max-width: 1088px; padding: 72px 24px 96px; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
+h1 { margin: 0; font-size: clamp(28px, 5vw, 40px); line-height: 1.15; font-weight: 650; letter-spacing: -.02em }
+h2 { margin: 0 0 8px; font-size: 23px; line-height: 1.25; font-weight: 650; letter-spacing: -.01em }
+h3 { margin: 0; font-size: 15px; font-weight: 600 }
+p { margin: 0 0 12px; max-width: 68ch } section > p, figcaption, .lede { color: var(--soft) }
+section { margin-top: 80px; padding-top: 28px; border-top: 1px solid var(--rule) }
+.eyebrow { margin: 0 0 10px; font-size: 13px; color: var(--soft); letter-spacing: .09em; text-transform: uppercase }
+.lede { margin: 10px 0 0; font-size: 18px }
+.stats { display: grid; grid-template-columns: 1.5fr 1fr 1fr; gap: 32px 56px; align-items: end; margin: 52px 0 24px }
+.stats p { margin: 0; font-size: 14px; color: var(--soft) } .stats .name { color: var(--ink); font-weight: 600 }
+.big { display: block; font-size: 36px; line-height: 1.1; font-weight: 600; letter-spacing: -.03em; margin: 4px 0 10px }
+#accuracy { display: block; font-size: clamp(60px, 9vw, 92px); line-height: 1; font-weight: 650;
+  letter-spacing: -.045em; margin: 6px 0 12px -.04em }
+.stats svg { display: block; width: 100%; height: 12px; margin-bottom: 8px }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(218px, 1fr)); gap: 18px 28px; margin: 28px 0 0 }
+dt { font-size: 13px; color: var(--soft) } dd { margin: 0 }
+dl.recipe { grid-template-columns: repeat(auto-fill, minmax(104px, auto)); gap: 12px 28px; font-size: 14px }
+dl.recipe dd, .path { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 36px 64px;
+  margin-top: 28px }
+figure { margin: 0 } figure svg { display: block; width: 100%; max-width: 500px; height: auto; margin-top: 6px }
+figcaption { font-size: 14px; margin-top: 6px }
+.key { display: flex; flex-wrap: wrap; gap: 4px 26px; margin: 18px 0 0; font-size: 14px; color: var(--ink) }
+.key i { display: inline-block; width: 24px; margin-right: 8px; vertical-align: middle; border-top: 3px solid }
+.key i.box { width: 12px; border-top-width: 12px } .key i.dash { border-top-style: dashed }
+.key .blue { border-color: var(--blue) } .key .orange { border-color: var(--orange) }
+.key .drop { border-top: 1.5px dotted var(--soft) }
+svg text { fill: var(--soft); font-size: 13px } svg .ink { fill: var(--ink); font-weight: 600 }
+.end { text-anchor: end } .mid { text-anchor: middle }
+.grid { stroke: var(--rule) } .axis { stroke: var(--soft) } .drop { stroke: var(--soft); stroke-dasharray: 1.5 3.5 }
+.line { fill: none; stroke-width: 2.5; stroke-linecap: round; stroke-linejoin: round }
+.line.blue { stroke: var(--blue) } .line.orange { stroke: var(--orange) } .dash { stroke-dasharray: 1 5 }
+rect.blue, circle.blue { fill: var(--blue) } rect.orange { fill: var(--orange) } .few { fill-opacity: .35 }
+.ring { fill: var(--paper); stroke: var(--orange); stroke-width: 2.5 } .ideal { stroke: var(--ink);
+  stroke-width: 1.5; stroke-dasharray: 5 4 } .track { fill: var(--rule) } .span { fill: var(--blue); opacity: .38 }
+.scroll { overflow: auto; margin-top: 24px; max-width: 100% }
+.tall { max-height: 86vh; border: 1px solid var(--rule); border-width: 1px 0 }
+.matrix { display: grid; grid-template-columns: max-content max-content; width: max-content }
+.matrix > * { display: block; background: var(--paper) } .matrix .rows { position: sticky; left: 0; z-index: 1 }
+.matrix .columns { position: sticky; top: 0; z-index: 2 } .matrix text { font-size: inherit; fill: var(--ink) }
+.corner { position: sticky; left: 0; top: 0; z-index: 3; padding: 0 10px 8px 0; align-self: stretch; display: flex;
+  flex-direction: column; justify-content: end; text-align: right; font-size: 12px; line-height: 1.3;
+  color: var(--soft) }
+.cell { fill: var(--deep) } .matrix .on { fill: var(--paper) } .frame { fill: none; stroke: var(--rule) }
+.matrix .count { font-weight: 600 } g:hover > .cell { stroke: var(--orange); stroke-width: 2 }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 15px }
+th { position: sticky; top: 0; z-index: 1; background: var(--paper); padding: 8px 12px; font-size: 13px;
+  font-weight: 400; color: var(--soft); text-align: right; white-space: nowrap; vertical-align: bottom }
+td { padding: 7px 12px; border-top: 1px solid var(--rule); text-align: right; white-space: nowrap }
+th:first-child, td:first-child { position: sticky; left: 0; padding-left: 0; background: var(--paper);
+  text-align: left }
+td:first-child, td:last-child { max-width: 250px; overflow: hidden; text-overflow: ellipsis }
+th:last-child, td:last-child { text-align: left; padding-left: 28px }
+th:first-child { z-index: 2 } td:last-child { color: var(--soft) }
+td.bar { width: 28%; min-width: 52px; padding-right: 0 } .bar span { display: block; height: 10px }
+.bar span, .guess > i { background: linear-gradient(var(--fill, var(--blue)) 0 0) 0 0 / var(--share) 100% no-repeat
+  var(--rule); border-radius: 2px; print-color-adjust: exact; -webkit-print-color-adjust: exact }
+h3.shelf { margin: 40px 0 4px; font-size: 17px }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 310px), 1fr)); gap: 32px 40px;
+  margin: 22px 0 0; padding: 0; list-style: none }
+.card { display: grid; grid-template-columns: 112px 1fr; gap: 0 16px; align-content: start; font-size: 14px;
+  line-height: 1.35; min-width: 0; break-inside: avoid }
+.photo { grid-row: span 2; width: 112px; height: 112px; background: var(--wash); border-radius: 4px; display: grid;
+  place-items: center; overflow: hidden; font-size: 12px; color: var(--soft); text-align: center }
+.photo img { display: block } .card .true { margin: 0 0 7px; color: var(--soft) } .true b { color: var(--ink) }
+.guess { display: grid; grid-template-columns: 1fr auto; gap: 0 10px; margin-bottom: 6px; --fill: var(--soft) }
+.guess > i { grid-column: 1 / 3; height: 5px } .guess.right { --fill: var(--blue); font-weight: 600 }
+.guess.wrong { --fill: var(--orange) } .guess span:first-child { overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap }
+.path { grid-column: 1 / 3; margin: 8px 0 0; font-size: 12px; color: var(--soft) }
+footer { margin-top: 72px; font-size: 13px; color: var(--soft) }
+@media (max-width: 640px) { body { padding: 40px 20px 64px } section { margin-top: 56px } table { font-size: 14px }
+  .stats { grid-template-columns: 1fr 1fr; gap: 32px 28px; margin-top: 36px } .stats > :first-child { grid-column: 1/3 }
+  th, td { padding-left: 6px; padding-right: 6px }
+  td:first-child { max-width: 108px } dl { grid-template-columns: 1fr 1fr; gap: 16px 20px } }
+@media print { @page { margin: 16mm } body { max-width: none; padding: 0; font-size: 11pt }
+  section { margin-top: 28px; padding-top: 16px } figure, tr, header, .stats { break-inside: avoid }
+  p { break-inside: avoid } h2, h3, section > p { break-after: avoid }
+  section.whole { break-inside: avoid } svg { print-color-adjust: exact;
+  -webkit-print-color-adjust: exact } .scroll { overflow: visible; max-height: none } .matrix { zoom: var(--fit) }
+  .matrix *, th, th:first-child, td:first-child { position: static } .stats { grid-template-columns: 1.5fr 1fr 1fr }
+  .stats > :first-child { grid-column: auto }
+  dl { grid-template-columns: repeat(4, 1fr) } .pair, .cards { grid-template-columns: 1fr 1fr; gap: 20px 28px } }
+"""
+
+
+# Letters and numbers
+
+
+def plain(value: object) -> str:
+    """Any value as text that is safe in HTML: names come from file systems, and may hold anything."""
+    return html.escape(shown(value if isinstance(value, bytes) else str(value)))
+
+
+def number(value: object, form: str) -> str:
+    """A figure in a format, the plain value where it is no number."""
+    return format(value, form) if isinstance(value, (int, float)) else plain(value)
+
+
+def percent(value: float) -> str:
+    return NONE if math.isnan(value) else f"{value:.1%}"
+
+
+def letters(text: str) -> int:
+    """How many letters wide a text is; East Asian ones count twice."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def shortened(name: str, most: int = NAME_WIDTH) -> str:
+    """A name that fits beside the matrix, shown in full where the pointer rests."""
+    text = shown(name)
+    if letters(text) <= most:
+        return text
+    while letters(text) >= most:
+        text = text[:-1]
+    return text + "…"
+
+
+def ticks(high: float, least: float = 0.0) -> list[float]:
+    """Round numbers from 0 to high or just above, a few of them, `least` or more apart."""
+    raw = max(high / 5, least, 1e-9)
+    scale = 10.0 ** math.floor(math.log10(raw) + 1e-9)
+    step = next(factor * scale for factor in (1, 2, 5, 10) if factor * scale > raw * (1 - 1e-9))
+    return [step * count for count in range(math.ceil(high / step - 1e-9) + 1)]
+
+
+# Pieces of charts
+
+
+def drawing(width: float, height: float, label: str, body: str, attributes: str = "") -> str:
+    """An SVG with its text alternative (plain text, escaped here)."""
+    return (
+        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html.escape(label)}"{attributes}>{body}</svg>'
+    )
+
+
+def letter(x: float, y: float, text: str, kind: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{text}</text>'
+
+
+def rule(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<path class="{kind}" d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}"/>'
+
+
+def axes(across: Iterable[tuple[float, str]], up: Iterable[tuple[float, str]], name: str) -> str:
+    """A base line, and the labels at their places of 0 to 1 along either side of the plot."""
+    parts = []
+    for place, text in up:
+        y = BOTTOM - place * (BOTTOM - TOP)
+        parts += [rule(LEFT, y, RIGHT, y, "grid"), letter(LEFT - 8, y + 4, text, "end")]
+    for place, text in across:
+        parts.append(letter(LEFT + place * (RIGHT - LEFT), BOTTOM + 18, text, "mid"))
+    parts += [rule(LEFT, BOTTOM, RIGHT, BOTTOM, "axis"), letter((LEFT + RIGHT) / 2, HEIGHT - 4, name, "mid")]
+    return "".join(parts)
+
+
+def scroller(name: str, body: str, classes: int) -> str:
+    """What is wider than a small screen scrolls by itself, by keyboard too; with many classes also up and down."""
+    kind = "scroll tall" if classes > 40 else "scroll"
+    return f'<div class="{kind}" tabindex="0" role="region" aria-label="{name}">{body}</div>'
+
+
+# The header
+
+
+def interval_strip(value: float, interval: tuple[float, float]) -> str:
+    """A share on a line from 0 to 100%, its interval around it."""
+    low, high = (400 * end for end in interval)
+    body = (
+        '<rect class="track" y="4.5" width="400" height="3" rx="1.5"/>'
+        f'<rect class="span" x="{low:.1f}" y="1" width="{high - low:.1f}" height="10" rx="2"/>'
+        f'<rect class="blue" x="{min(397, max(0, 400 * value - 1.5)):.1f}" width="3" height="12"/>'
+    )
+    label = f"{value:.2%} on a line from 0 to 100%, 95% interval {interval[0]:.1%} to {interval[1]:.1%}"
+    return drawing(400, 12, label, body, ' preserveAspectRatio="none"')
+
+
+def headline(scores: object, ece: float) -> str:
+    """The accuracy, large, beside top-3 accuracy and calibration error."""
+    figures = (
+        ("Accuracy", 'id="accuracy"', scores.accuracy, scores.accuracy_interval),
+        ("Top-3 accuracy", 'class="big"', scores.top3, scores.top3_interval),
+    )
+    parts = [
+        f'<div><p class="name">{name}</p><span {kind}>{value:.2%}</span>{interval_strip(value, interval)}'
+        f"<p>95% interval {interval[0]:.1%} to {interval[1]:.1%}</p></div>"
+        for name, kind, value, interval in figures
+    ]
+    parts.append(
+        f'<div><p class="name">Calibration error</p><span class="big">{ece:.2%}</span>'
+        "<p>how far confidence and share right lie apart, on average</p></div>"
+    )
+    return f'<div class="stats">{"".join(parts)}</div>'
+
+
+def facts(about: dict) -> str:
+    """What the checkpoint says of itself; what it does not say is left out."""
+    found = [
+        (name, number(about[key], form) + unit)
+        for key, name, form, unit in (
+            ("date", "Trained", "", ""),
+            ("backbone", "Backbone", "", ""),
+            ("train_images", "Training images", ",", ""),
+            ("test_images", "Test images", ",", ""),
+            ("epoch", "Epoch kept", "", ""),
+            ("chosen_on", "Epoch chosen on", "", ""),
+            ("accuracy", "Accuracy at that epoch", ".2%", ""),
+            ("seconds", "Training time", ",.1f", " s"),
+            ("device", "Device", "", ""),
+            ("precision", "Precision", "", ""),
+        )
+        if about.get(key) is not None
+    ]
+    recipe = about.get("recipe")
+    settings = recipe.items() if isinstance(recipe, dict) else ()
+    settings = [(plain(key), plain(value)) for key, value in settings if key not in about]
+    lists = (("", found), (' class="recipe"', settings))
+    return "".join(
+        f"<dl{kind}>{''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in entries)}</dl>"
+        for kind, entries in lists
+        if entries
+    )
+
+
+# Learning curves
+
+
+def read_curves(curves: list[dict[str, str]]) -> dict[str, list[float]] | None:
+    """The columns as finite numbers; None where there are none, or one is malformed."""
+    names = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr")
+    try:
+        columns = {name: [float(row[name]) for row in curves] for name in names}
+    except (KeyError, TypeError, ValueError):
+        return None
+    return (
+        columns if curves and all(math.isfinite(figure) for column in columns.values() for figure in column) else None
+    )
+
+
+def drops(rates: Sequence[float]) -> list[int]:
+    """The epochs (their places) where the learning rate drops; none where it glides down all the time."""
+    found = [index for index in range(1, len(rates)) if rates[index] < rates[index - 1]]
+    return found if len(found) <= MOST_DROPS else []
+
+
+def drop_marks(xs: Sequence[float], rates: Sequence[float]) -> str:
+    """A dotted line where the learning rate drops, lettered where there is room for it."""
+    parts, lettered = [], -math.inf
+    for x, rate in ((xs[index], rates[index]) for index in drops(rates)):
+        parts.append(rule(x, TOP - 6, x, BOTTOM, "drop"))
+        if x - lettered > 70 and x < RIGHT - 28:  # wider than the letters of a rate
+            parts.append(letter(x, TOP - 11, f"{rate:.3g}", "mid"))
+            lettered = x
+    return "".join(parts)
+
+
+def best_mark(x: float, y: float, epoch: float) -> str:
+    """A ring on the test curve, and which epoch it is above the plot."""
+    place = "end" if x > RIGHT - 60 else "mid" if x > LEFT + 60 else ""
+    ring = f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
+    return rule(x, 15, x, y - 5, "grid") + ring + letter(x, 11, f"best, epoch {epoch:g}", f"ink {place}")
+
+
+def curve_chart(name: str, columns: dict[str, list[float]], best: int | None, form: str, high: float) -> str:
+    """One figure of both lists by epoch, the best epoch and the drops of the rate marked."""
+    epochs, up = columns["epoch"], ticks(high)
+    first, extent = epochs[0], max(1.0, epochs[-1] - epochs[0])
+    marked = [first, *(epoch for epoch in ticks(epochs[-1], 1) if first + extent / 12 < epoch <= epochs[-1])]
+    across = [((epoch - first) / extent, f"{epoch:g}") for epoch in marked]
+    xs = [LEFT + (epoch - first) / extent * (RIGHT - LEFT) for epoch in epochs]
+    parts = [axes(across, [(tick / up[-1], f"{tick:{form}}") for tick in up], "epoch"), drop_marks(xs, columns["lr"])]
+    label = f"{name.capitalize()} by epoch"
+    for which, kind in (("train", "blue dash"), ("test", "orange")):
+        values = columns[f"{which}_{name}"]
+        ys = [BOTTOM - value / up[-1] * (BOTTOM - TOP) for value in values]
+        points = [f"{x:.1f} {y:.1f}" for x, y in zip(xs, ys)]
+        parts.append(f'<path class="line {kind}" d="M{points[0]}L{"L".join(points)}"/>')
+        label += f", {which} from {values[0]:.3g} to {values[-1]:.3g}"
+    if best is not None:
+        parts.append(best_mark(xs[best], ys[best], epochs[best]))
+        label += f"; best epoch {epochs[best]:g}"
+    return f"<figure><h3>{name.capitalize()}</h3>{drawing(WIDTH, HEIGHT, label, ''.join(parts))}</figure>"
+
+
+def learning_curves(curves: list[dict[str, str]]) -> str:
+    """Loss and accuracy by epoch, or a sentence on why they are left out."""
+    columns = read_curves(curves)
+    if columns is None:
+        why = "has a number that can't be read" if curves else "does not lie beside the checkpoint"
+        return f"<p>Left out: the .csv of the training {why}.</p>"
+    best = max((index for index, row in enumerate(curves) if row.get("best") == "1"), default=None)
+    highest = max(0.0, *columns["train_loss"], *columns["test_loss"]) or 1.0
+    drop_key = '<span><i class="drop"></i>learning rate drops</span>' if drops(columns["lr"]) else ""
+    return (
+        "<p>Training figures are taken while the weights still move, on views drawn at random; "
+        "they may lie below those of the test list.</p>"
+        '<p class="key"><span><i class="blue dash"></i>training list</span><span><i class="orange"></i>test list</span>'
+        f'{drop_key}</p><div class="pair">'
+        + curve_chart("loss", columns, best, "g", highest)
+        + curve_chart("accuracy", columns, best, ".0%", 1.0)
+        + "</div>"
+    )
+
+
+# Confusion matrix
+
+
+def slanted_names(names: Sequence[str], cell: int, size: float, height: float) -> str:
+    """The names above the columns, at 45 degrees: lines of text then lie 0.7 cells apart."""
+    parts = []
+    for index, name in enumerate(names):
+        x, y = (index + 0.5) * cell + size / 4, height - 5
+        turned = f'<text x="{x:.1f}" y="{y:.1f}" transform="rotate(-45 {x:.1f} {y:.1f})">'
+        parts.append(f"{turned}{html.escape(shortened(name))}<title>{plain(name)}</title></text>")
+    return "".join(parts)
+
+
+def matrix_cells(confusion: Tensor, classes: Sequence[str], cell: int, size: float) -> str:
+    """The cells that hold images, as dark as their share of the row; the pointer gets them in words."""
+    side = cell * len(classes)
+    parts = [f'<rect class="frame" x=".5" y=".5" width="{side - 1}" height="{side - 1}"/>']
+    parts += [rule(0, index * cell, side, index * cell, "grid") for index in range(1, len(classes))]
+    totals = confusion.sum(1).tolist()
+    names = [plain(name) for name in classes]
+    for row, column in confusion.nonzero().tolist():
+        count = int(confusion[row, column])
+        share = count / totals[row]
+        depth = 0.1 + 0.9 * share
+        letter_size = min(size, 1.5 * cell / len(str(count)))
+        x, y = column * cell, row * cell
+        taken = "found" if row == column else f"taken for {names[column]}"
+        parts.append(
+            f"<g><title>{names[row]}, {taken}: {count} of {totals[row]}</title>"
+            f'<rect class="cell" x="{x + 1}" y="{y + 1}" width="{cell - 2}" height="{cell - 2}" '
+            f'fill-opacity="{depth:.2f}"/>'
+            f'<text class="mid count{" on" * (depth > 0.62)}" x="{x + cell / 2:g}" '
+            f'y="{y + cell / 2 + letter_size * 0.36:.1f}" font-size="{letter_size:.1f}">{count}</text></g>'
+        )
+    return "".join(parts)
+
+
+def confusion_matrix(confusion: Tensor, classes: list[str]) -> str:
+    """A heat map whose cells have a fixed size; the page scrolls it, and its names stay in sight."""
+    cell, size = next((cell, size) for most, cell, size in CELLS if len(classes) <= most)
+    side = cell * len(classes)
+    widest = max(letters(shortened(name)) for name in classes) * size * 0.62
+    margin, slant = max(72, widest + 12), widest * 0.71 + size + 8
+    rows = "".join(
+        f'<text class="end" x="{margin - 8:.1f}" y="{(index + 0.5) * cell + size * 0.36:.1f}">'
+        f"{html.escape(shortened(name))}<title>{plain(name)}</title></text>"
+        for index, name in enumerate(classes)
+    )
+
+    def part(kind: str, width: float, height: float, label: str, body: str) -> str:
+        sized = f' class="{kind}" width="{width:.0f}" height="{height:.0f}" style="font-size:{size}px"'
+        return drawing(round(width), round(height), label, body, sized)
+
+    fit = min(1, PRINT_WIDTH / (margin + side + slant))
+    right, total = int(confusion.diagonal().sum()), int(confusion.sum())
+    words = f"Confusion matrix of {len(classes)} classes: {right} of {total} images on the diagonal"
+    parts = (
+        '<div class="corner"><span>taken for →</span><span>true ↓</span></div>',
+        part("columns", side + slant, slant, "Names of the columns", slanted_names(classes, cell, size, slant)),
+        part("rows", margin, side, "Names of the rows", rows),
+        part("cells", side, side, words, matrix_cells(confusion, classes, cell, size)),
+    )
+    matrix = f'<div class="matrix" style="--fit:{fit:.3f}">{"".join(parts)}</div>'
+    return (
+        "<p>A row is a true class, a column what its images were taken for; the darker, the larger the share of the "
+        f"row. {common_mistakes(confusion, classes)}</p>{scroller('Confusion matrix', matrix, len(classes))}"
+    )
+
+
+def common_mistakes(confusion: Tensor, classes: list[str]) -> str:
+    """The largest cells beside the diagonal, in words."""
+    wrong = confusion - confusion.diagonal().diag()
+    counts, places = wrong.flatten().topk(min(5, wrong.numel()))
+    pairs = [
+        f"{plain(classes[place // len(classes)])} taken for {plain(classes[place % len(classes)])} ({count})"
+        for count, place in zip(counts.tolist(), places.tolist())
+        if count
+    ]
+    return f"Most frequent mistakes: {', '.join(pairs)}." if pairs else "No image was taken for another class."
+
+
+# Classes
+
+
+def class_table(scores: object, classes: list[str]) -> str:
+    """One row a class, the worst recall first; classes without images come last."""
+    recall = scores.recall.tolist()
+    wrong = scores.confusion - scores.confusion.diagonal().diag()
+    most, column = (found.tolist() for found in wrong.max(1))
+    rows = []
+    for index in sorted(range(len(classes)), key=lambda c: (math.isnan(recall[c]), recall[c], classes[c])):
+        share = 0.0 if math.isnan(recall[index]) else recall[index]
+        taken = f"{plain(classes[column[index]])} ({most[index]})" if most[index] else NONE
+        figures = (recall[index], float(scores.precision[index]), float(scores.f1[index]))
+        found, exact, both = map(percent, figures)
+        name = plain(classes[index])
+        rows.append(
+            f'<tr><td title="{name}">{name}</td><td class="bar"><span style="--share:{share:.1%}"></span></td>'
+            f"<td>{found}</td><td>{int(scores.images[index]):,}</td><td>{exact}</td><td>{both}</td><td>{taken}</td></tr>"
+        )
+    heads = ("Class", "", "Recall", "Images", "Precision", "F1", "Most often taken for")
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    table = f'<table id="classes"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return (
+        "<p>The worst first. Recall: the share of a class’s images that were found. Precision: the share of images "
+        f"taken for the class that are of it. F1: their harmonic mean.</p>{scroller('Classes', table, len(classes))}"
+    )
+
+
+# Images
+
+
+def thumbnail(path: bytes, alt: str) -> str:
+    """The image in small, or a grey square that says why not."""
+    try:
+        image = read_photo(path)
+    except PhotoError as error:
+        return f'<div class="photo" role="img" aria-label="{plain(error)}">can’t be read</div>'
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=82)
+    source = base64.b64encode(buffer.getvalue()).decode()
+    size = f'width="{image.width}" height="{image.height}"'
+    return f'<div class="photo"><img src="data:image/jpeg;base64,{source}" {size} alt="{alt}"></div>'
+
+
+def card(path: bytes, label: int, probs: Tensor, classes: list[str]) -> str:
+    """One image, its label, and the three likeliest classes."""
+    values, guesses = probs.topk(min(3, len(classes)))
+    bars = []
+    for place, (value, guess) in enumerate(zip(values.tolist(), guesses.tolist())):
+        kind = " right" if guess == label else " wrong" if place == 0 else ""
+        bars.append(
+            f'<div class="guess{kind}"><span title="{plain(classes[guess])}">{plain(classes[guess])}</span>'
+            f'<span>{value:.1%}</span><i style="--share:{value:.1%}"></i></div>'
+        )
+    alt = f"labelled {plain(classes[label])}, taken for {plain(classes[int(guesses[0])])}"
+    return (
+        f'<li class="card">{thumbnail(path, alt)}<p class="true">labelled <b>{plain(classes[label])}</b></p>'
+        f'<div>{"".join(bars)}</div><p class="path">{plain(path)}</p></li>'
+    )
+
+
+def gallery(paths: Sequence[bytes], labels: Tensor, probs: Tensor, classes: list[str]) -> str:
+    """The most confident mistakes and the least confident hits."""
+    confidence, guesses = probs.max(1)
+    right = guesses == labels
+    order = confidence.argsort(stable=True).tolist()
+    mistakes = [index for index in reversed(order) if not right[index]]
+    hits = [index for index in order if right[index]]
+    parts = [
+        "<p>Where a true label looks wrong, this is the place to see it. "
+        "Blue is the class of the label, orange the mistake.</p>"
+    ]
+    for name, chosen, most in (("Most confident mistakes", mistakes, MISTAKES), ("Least confident hits", hits, HITS)):
+        count = f"{min(most, len(chosen))} of {len(chosen):,}" if chosen else "there are none"
+        cards = "".join(card(paths[i], int(labels[i]), probs[i], classes) for i in chosen[:most])
+        parts.append(f'<h3 class="shelf">{name}, {count}</h3><ul class="cards">{cards}</ul>')
+    return "".join(parts)
+
+
+# Confidence
+
+
+def calibration(labels: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    """By tenth of confidence: images (10,), right ones (10,), mean confidence (10,); and the expected error.
+
+    The tenths are (0, 0.1], (0.1, 0.2], ...; the error is the gap between share right and mean
+    confidence, weighted by images (Guo et al. 2017, equation 3).
+    """
+    confidence, guesses = probs.max(1)
+    tenth = torch.bucketize(confidence, torch.arange(1, BINS) / BINS)
+    count = torch.bincount(tenth, minlength=BINS)
+    right = torch.bincount(tenth[guesses == labels], minlength=BINS)
+    total = torch.bincount(tenth, confidence.double(), minlength=BINS)
+    ece = float((right - total).abs().sum() / max(1, len(labels)))
+    return count, right, total / count, ece
+
+
+def confidence_chart(count: Sequence[int], right: Sequence[int]) -> str:
+    """A histogram of confidence: hits below, mistakes above them."""
+    step, high = (RIGHT - LEFT) / BINS, max(1, *count)
+    parts = [axes([(tenth / 5, f"{tenth / 5:.0%}") for tenth in range(6)], [], "confidence")]
+    for tenth, (images, hits) in enumerate(zip(count, right)):
+        x, whole, lower = LEFT + tenth * step + 2, *((BOTTOM - TOP) * part / high for part in (images, hits))
+        words = f"{tenth / BINS:.0%} to {(tenth + 1) / BINS:.0%}: {hits} right, {images - hits} wrong"
+        parts.append(
+            f'<g><title>{words}</title><rect class="blue" x="{x:.1f}" y="{BOTTOM - lower:.1f}" width="{step - 4:.1f}" '
+            f'height="{lower:.1f}"/><rect class="orange" x="{x:.1f}" y="{BOTTOM - whole:.1f}" width="{step - 4:.1f}" '
+            f'height="{whole - lower:.1f}"/></g>'
+        )
+        if images:
+            parts.append(letter(x + step / 2 - 2, BOTTOM - whole - 6, f"{images:,}", "mid"))
+    label = "Images by confidence in tenths, right and wrong: "
+    label += "; ".join(f"{hits} and {images - hits}" for images, hits in zip(count, right))
+    return f"<figure><h3>Images in each tenth</h3>{drawing(WIDTH, HEIGHT, label, ''.join(parts))}</figure>"
+
+
+def reliability_chart(count: Sequence[int], right: Sequence[int], confidence: Sequence[float]) -> str:
+    """The share right in each tenth, against the line where confidence and share agree."""
+    step, high = (RIGHT - LEFT) / BINS, BOTTOM - TOP
+    sides = [(tenth / 5, f"{tenth / 5:.0%}") for tenth in range(6)]
+    parts, shares = [axes(sides, sides, "confidence")], []
+    for tenth, (images, hits, mean) in enumerate(zip(count, right, confidence)):
+        shares.append(f"{hits / images:.0%}" if images else "no images")
+        if images:
+            tall = high * hits / images
+            parts.append(
+                f"<g><title>{hits} of {images} right at a mean confidence of {mean:.1%}</title>"
+                f'<rect class="blue{" few" * (images < FEW)}" x="{LEFT + tenth * step + 2:.1f}" '
+                f'y="{BOTTOM - tall:.1f}" width="{step - 4:.1f}" height="{tall:.1f}"/></g>'
+            )
+    parts.append(rule(LEFT, BOTTOM, RIGHT, TOP, "ideal"))
+    label = f"Share right in each tenth of confidence: {', '.join(shares)}"
+    return f"<figure><h3>Share right in each tenth</h3>{drawing(WIDTH, HEIGHT, label, ''.join(parts))}</figure>"
+
+
+def confidence_section(scores: object, labels: Tensor, probs: Tensor) -> str:
+    """Both charts, and the expected calibration error in words."""
+    count, right, means, ece = calibration(labels, probs)
+    tenths, mean = (count.tolist(), right.tolist()), float(probs.max(1).values.mean())
+    return (
+        f"<p>Confidence is the probability of the likeliest class. Mean confidence is {mean:.1%}, and "
+        f"{scores.accuracy:.1%} are right. Where the two agree in every tenth, the bars end on the dashed line; the "
+        "expected calibration error is how far they lie apart, averaged over the images: "
+        f'<b id="ece">{ece:.2%}</b>. Pale bars hold fewer than {FEW} images.</p>'
+        '<p class="key"><span><i class="blue box"></i>right</span><span><i class="orange box"></i>wrong</span></p>'
+        f'<div class="pair">{confidence_chart(*tenths)}{reliability_chart(*tenths, means.tolist())}</div>'
+    )
+
+
+# The page
+
+
+def chosen_note(about: dict, list_name: str) -> str:
+    """Whether the list that is reported on had a say in which epoch was kept."""
+    chosen_on = about.get("chosen_on")
+    if chosen_on is None:
+        return ""
+    if os.path.normpath(str(chosen_on)) == os.path.normpath(list_name):
+        return "<p>This list also chose the epoch that was kept, so its figures flatter a little.</p>"
+    known = os.path.basename(str(chosen_on)) != os.path.basename(list_name)  # else it may be the same, from elsewhere
+    return f"<p>The epoch was chosen on {plain(chosen_on)}{'; this list had no say in it' if known else ''}.</p>"
+
+
+def page(title: str, header: str, sections: Sequence[tuple[str, str, str]]) -> str:
+    """The document; sections: (name, body, kind)."""
+    body = "".join(f'<section class="{kind}"><h2>{name}</h2>{content}</section>' for name, content, kind in sections)
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<header>{header}</header>\n"
+        f"<main>{body}</main>\n</body>\n</html>\n"
+    )
+
+
+def write_report(
+    path: str | os.PathLike,
+    *,
+    about: dict,
+    scores: object,
+    classes: list[str],
+    paths: list[bytes],
+    labels: Tensor,
+    probs: Tensor,
+    curves: list[dict[str, str]],
+    model: str,
+    list_name: str,
+) -> None:
+    """Draw the report of a model on a list of N labelled images of C classes. Raises OSError.
+
+    about: what the checkpoint says of itself; scores: confusion (C, C), accuracy, top3, their
+    intervals, and images, precision, recall, f1 (C,) each; labels: (N,); probs: (N, C) float32;
+    curves: the rows of the .csv beside the checkpoint, none where it isn't there.
+    """
+    header = (
+        f'<p class="eyebrow">Image classifier report</p><h1>{plain(model)}</h1><p class="lede">Tested on the '
+        f"{len(labels):,} images of {plain(list_name)}, {len(classes):,} classes.</p>"
+        f"{headline(scores, calibration(labels, probs)[-1])}{chosen_note(about, list_name)}{facts(about)}"
+    )
+    sections = (
+        ("Learning curves", learning_curves(curves), "whole"),
+        ("Confusion matrix", confusion_matrix(scores.confusion, classes), "whole"),
+        ("Classes", class_table(scores, classes), "whole"),
+        ("Images", gallery(paths, labels, probs, classes), ""),
+        ("Confidence", confidence_section(scores, labels, probs), "whole"),
+    )
+    text = page(f"{plain(model)}: {scores.accuracy:.2%} of {plain(list_name)}", header, sections)
+    Path(path).write_text(text, encoding="utf-8")

@@ -1,0 +1,397 @@
+"""The report: its figures are the scores', hostile names are text, nothing is fetched, a browser shows it well."""
+
+import html
+import json
+import math
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+import report
+
+HOSTILE = "<img src=x onerror=alert(1)>\"'&</title><script>alert(2)</script>\x1b[31m\u202e"
+CURVES = [
+    {
+        "epoch": str(epoch),
+        "train_loss": str(2 / epoch),
+        "train_accuracy": "0.5",
+        "test_loss": str(3 / epoch),
+        "test_accuracy": "0.4",
+        "lr": "0.005" if epoch < 5 else "0.0025",
+        "best": str(int(epoch in (1, 3))),
+    }
+    for epoch in range(1, 9)
+]
+CHROMIUM = [shutil.which(name) for name in ("chromium", "chromedriver")]
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+
+
+def scores_of(labels, probs):
+    """The scores of labels (N,) and probabilities (N, C); intervals made up."""
+    classes, guesses = probs.shape[1], probs.argmax(1)
+    confusion = torch.bincount(labels * classes + guesses, minlength=classes**2).view(classes, classes)
+    hits, images, taken = confusion.diagonal().double(), confusion.sum(1), confusion.sum(0)
+    top3 = (probs.topk(min(3, classes)).indices == labels[:, None]).any(1)
+    accuracy, top3 = float((guesses == labels).double().mean()), float(top3.double().mean())
+    return SimpleNamespace(
+        confusion=confusion,
+        accuracy=accuracy,
+        top3=top3,
+        accuracy_interval=(accuracy * 0.9, accuracy * 0.9 + 0.1),
+        top3_interval=(top3 * 0.9, top3 * 0.9 + 0.1),
+        images=images,
+        recall=hits / images,
+        precision=hits / taken,
+        f1=2 * hits / (images + taken),
+    )
+
+
+def case(classes, images, name="class"):
+    """All that write_report takes, made up; no image file exists, and the last class has no image."""
+    generator = torch.Generator().manual_seed(classes)
+    labels = torch.arange(images) % (classes - 1)
+    logits = 2 * torch.randn(images, classes, generator=generator)
+    logits[torch.arange(images), labels] += 2.5
+    probs = logits.softmax(1)
+    return {
+        "about": {"classes": [], "epoch": 3, "backbone": "ImageNet", "recipe": {"lr": 0.005}, "seconds": 14.25},
+        "scores": scores_of(labels, probs),
+        "classes": [f"{name} {number}" for number in range(classes)],
+        "paths": [f"photos/{number}.jpg".encode() for number in range(images)],
+        "labels": labels,
+        "probs": probs,
+        "curves": CURVES,
+        "model": "best.pth",
+        "list_name": "test.txt",
+    }
+
+
+def written(tmp_path, given):
+    report.write_report(tmp_path / "report.html", **given)
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def table(page):
+    """The cells of the table of classes, row by row, as text."""
+    body = re.search(r'<table id="classes">.*?<tbody>(.*?)</tbody>', page, re.S)[1]
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", body, re.S)]
+    return [[html.unescape(re.sub(r"<[^>]*>", "", cell)) for cell in row] for row in cells]
+
+
+def matrix_names(page, kind):
+    """(x, y) of the class names on one side of the matrix, and the size of their letters."""
+    drawn = re.search(rf'<svg [^>]*class="{kind}"[^>]*font-size:([\d.]+)px.*?</svg>', page, re.S)
+    places = re.findall(r'<text [^>]*?x="([\d.]+)" y="([\d.]+)"', drawn[0])
+    return [(float(x), float(y)) for x, y in places], float(drawn[1])
+
+
+class Page(HTMLParser):
+    """Every tag of a page with its attributes, and all its text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+# Figures
+
+
+@pytest.mark.parametrize(("classes", "images"), [(3, 12), (20, 300), (200, 1500)])
+def test_the_figures_are_the_scores(tmp_path, classes, images):
+    given = case(classes, images)
+    scores, page = given["scores"], written(tmp_path, given)
+    assert re.search(r'<span id="accuracy">([^<]*)</span>', page)[1] == f"{scores.accuracy:.2%}"
+    assert f"{scores.top3:.2%}" in page
+    assert "95% interval {:.1%} to {:.1%}".format(*scores.accuracy_interval) in page
+    rows = {row[0]: row[2:6] for row in table(page)}
+    assert len(rows) == classes
+    for index, name in enumerate(given["classes"]):
+        figures = [float(column[index]) for column in (scores.recall, scores.precision, scores.f1)]
+        recall, precision, f1 = ("–" if math.isnan(figure) else f"{figure:.1%}" for figure in figures)
+        assert rows[name] == [recall, f"{int(scores.images[index]):,}", precision, f1]
+
+
+def test_the_table_lists_the_worst_recall_first_and_names_what_a_class_is_taken_for(tmp_path):
+    given = case(4, 30)
+    labels = torch.tensor([1] * 4 + [2] * 4 + [3] * 4)
+    guesses = torch.tensor([1, 1, 1, 1, 3, 3, 1, 2, 3, 3, 2, 2])
+    probs = torch.eye(4)[guesses]
+    given |= {"labels": labels, "probs": probs, "scores": scores_of(labels, probs)}
+    rows = table(written(tmp_path, given))
+    assert [(row[0], row[2], row[6]) for row in rows] == [
+        ("class 2", "25.0%", "class 3 (2)"),
+        ("class 3", "50.0%", "class 2 (2)"),
+        ("class 1", "100.0%", "–"),
+        ("class 0", "–", "–"),  # no image: it has no recall
+    ]
+
+
+def test_the_matrix_holds_every_count_once(tmp_path):
+    given = case(20, 300)
+    page = written(tmp_path, given)
+    titles = re.findall(r"<title>(class \d+), (found|taken for class \d+): (\d+) of (\d+)</title>", page)
+    counts = {(true, taken.removeprefix("taken for ")): int(count) for true, taken, count, _ in titles}
+    confusion = given["scores"].confusion
+    assert counts == {
+        (f"class {row}", "found" if row == column else f"class {column}"): int(confusion[row, column])
+        for row, column in confusion.nonzero().tolist()
+    }
+    drawn = re.search(r'class="cells".*?</svg>', page, re.S)[0]
+    assert sorted(map(int, re.findall(r">(\d+)</text>", drawn))) == sorted(counts.values())
+
+
+def test_calibration_is_what_a_hand_counts():
+    # Confidence 0.9 twice, one right; 0.6 twice, both right; 0.5 once, wrong.
+    probs = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.6, 0.4], [0.5, 0.5]])
+    labels = torch.tensor([0, 1, 1, 0, 1])
+    count, right, confidence, ece = report.calibration(labels, probs)
+    assert count.tolist() == [0, 0, 0, 0, 1, 2, 0, 0, 2, 0]  # a tenth holds its upper end: (0.8, 0.9]
+    assert right.tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 1, 0]
+    assert confidence[[4, 5, 8]].tolist() == pytest.approx([0.5, 0.6, 0.9])
+    assert ece == pytest.approx((2 * abs(0.5 - 0.9) + 2 * abs(1 - 0.6) + 1 * abs(0 - 0.5)) / 5)
+
+
+def test_the_histogram_and_its_error_are_on_the_page(tmp_path):
+    given = case(3, 12)
+    labels = torch.tensor([0, 1, 1, 0])
+    probs = torch.tensor([[0.9, 0.05, 0.05], [0.9, 0.05, 0.05], [0.3, 0.6, 0.1], [0.6, 0.3, 0.1]])
+    page = written(tmp_path, given | {"labels": labels, "probs": probs, "scores": scores_of(labels, probs)})
+    assert "80% to 90%: 1 right, 1 wrong" in page and "50% to 60%: 2 right, 0 wrong" in page
+    assert '<b id="ece">40.00%</b>' in page
+    assert "Mean confidence is 75.0%, and 75.0% are right" in page
+
+
+def test_mistakes_come_by_falling_confidence_and_hits_by_rising(tmp_path):
+    given = case(20, 300)
+    page = written(tmp_path, given)
+    confidence, guesses = given["probs"].max(1)
+    right = guesses == given["labels"]
+    mistakes = [i for i in confidence.argsort(descending=True).tolist() if not right[i]][:24]
+    hits = [i for i in confidence.argsort().tolist() if right[i]][:12]
+    shown = re.findall(r'<p class="path">photos/(\d+)\.jpg</p>', page)
+    assert len(mistakes) == 24 and list(map(int, shown)) == mistakes + hits
+    worst = mistakes[0]
+    first = re.search(r'<li class="card">(.*?)</li>', page, re.S)[1]
+    assert f"labelled <b>class {int(given['labels'][worst])}</b>" in first
+    assert re.findall(r"<span>([\d.]+%)</span>", first) == [f"{p:.1%}" for p in given["probs"][worst].topk(3).values]
+
+
+def test_curves_mark_the_last_best_epoch_and_the_drop_of_the_rate(tmp_path):
+    page = written(tmp_path, case(3, 12))
+    assert page.count(">best, epoch 3</text>") == 2  # loss and accuracy
+    assert page.count(">0.0025</text>") == 2 and page.count('class="drop" d=') == 2
+
+
+def test_no_epoch_is_marked_where_none_was_best(tmp_path):
+    page = written(tmp_path, case(3, 12) | {"curves": [row | {"best": "0"} for row in CURVES]})
+    assert page.count('class="line orange"') == 2 and "best, epoch" not in page and 'class="ring"' not in page
+
+
+def test_what_the_checkpoint_says_of_itself_is_on_the_page(tmp_path):
+    about = {"backbone": "ImageNet", "train_images": 4750, "accuracy": 0.51234, "seconds": 14.25, "device": "cpu"}
+    page = written(tmp_path, case(3, 12) | {"about": about | {"recipe": {"lr": 0.005, "device": "auto"}}})
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert facts == {
+        "Backbone": "ImageNet",
+        "Training images": "4,750",
+        "Accuracy at that epoch": "51.23%",
+        "Training time": "14.2 s",
+        "Device": "cpu",  # the one it ran on, rather than the setting
+        "lr": "0.005",
+    }
+
+
+def test_a_rate_that_drops_every_epoch_is_not_marked(tmp_path):
+    curves = [CURVES[0] | {"epoch": str(epoch), "lr": str(1 / epoch)} for epoch in range(1, 40)]
+    page = written(tmp_path, case(3, 12) | {"curves": curves})
+    assert page.count(">best, epoch 39</text>") == 2
+    assert 'class="drop" d=' not in page and "learning rate drops" not in page
+
+
+# What may be missing, damaged or hostile
+
+
+def test_hostile_names_are_text(tmp_path):
+    given = case(3, 12, name=HOSTILE)
+    given["paths"] = [f"{number}{HOSTILE}".encode() + b"\xff.jpg" for number in range(12)]
+    given["about"] = {"backbone": HOSTILE, "date": [HOSTILE], "seconds": HOSTILE, "recipe": {HOSTILE: HOSTILE}}
+    page = written(tmp_path, given | {"model": HOSTILE, "list_name": HOSTILE})
+    parsed = Page(page)
+    assert "<script" not in page and "<img src=x" not in page
+    assert not [tag for tag, attrs in parsed.tags if tag in ("script", "img") or any(a.startswith("on") for a in attrs)]
+    assert "<img src=x onerror=alert(1)>\"'&</title><script>alert(2)</script>\\x1b[31m\\u202e\\udcff.jpg" in parsed.text
+    assert "\x1b" not in page and "\u202e" not in page
+
+
+def test_a_checkpoint_that_says_nothing_and_no_curves_leave_a_page(tmp_path):
+    page = written(tmp_path, case(3, 12) | {"about": {"classes": ["a", "b", "c"]}, "curves": []})
+    assert "does not lie beside the checkpoint" in page
+    assert "Backbone" not in page and "Training time" not in page and "None" not in page
+
+
+@pytest.mark.parametrize("loss", ["0", "-1", "1e-12", "1e300"])
+def test_a_single_epoch_of_any_loss_is_drawn(tmp_path, loss):
+    row = CURVES[0] | {"train_loss": loss, "test_loss": loss, "extra": "x"}
+    assert written(tmp_path, case(3, 12) | {"curves": [row]}).count(">best, epoch 1</text>") == 2
+
+
+@pytest.mark.parametrize("damage", [{"lr": "x"}, {"test_loss": None}, {"train_loss": "nan"}])
+def test_malformed_curves_are_left_out_with_a_sentence(tmp_path, damage):
+    page = written(tmp_path, case(3, 12) | {"curves": [*CURVES, CURVES[0] | damage]})
+    assert "has a number that can't be read" in page and "best, epoch" not in page
+
+
+def test_the_page_says_whether_the_list_chose_the_epoch(tmp_path):
+    given = case(3, 12)
+    assert "also chose the epoch" in written(tmp_path, given | {"about": {"chosen_on": "./test.txt"}})
+    page = written(tmp_path, given | {"about": {"chosen_on": "other/test.txt"}})  # perhaps this one, perhaps not
+    assert "chosen on other/test.txt.</p>" in page and "also chose" not in page
+    assert "chosen on val.txt; this list had no say" in written(tmp_path, given | {"about": {"chosen_on": "val.txt"}})
+    assert "chose" not in written(tmp_path, given | {"about": {}})
+
+
+def test_photos_are_embedded_small_and_a_lost_one_is_a_grey_square(tmp_path):
+    Image.new("RGB", (640, 320), (200, 30, 30)).save(tmp_path / "red.png")
+    given = case(3, 2)
+    given["paths"] = [bytes(tmp_path / "red.png"), b"lost.png"]
+    parsed = Page(written(tmp_path, given))
+    (photo,) = [attrs for tag, attrs in parsed.tags if tag == "img"]
+    assert photo["src"].startswith("data:image/jpeg;base64,") and (photo["width"], photo["height"]) == ("112", "56")
+    assert [a["aria-label"] for _, a in parsed.tags if a.get("class") == "photo" and "role" in a] == [
+        "no such file or directory"
+    ]
+
+
+def test_a_folder_as_target_is_an_oserror(tmp_path):
+    with pytest.raises(OSError):
+        report.write_report(tmp_path, **case(3, 12))
+
+
+# Form
+
+
+@pytest.mark.parametrize("classes", [3, 20, 200])
+def test_every_picture_has_a_text_alternative(tmp_path, classes):
+    Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+    given = case(classes, 2 * classes)
+    given["paths"] = [bytes(tmp_path / "black.png")] * (2 * classes)
+    pictures = [(tag, attrs) for tag, attrs in Page(written(tmp_path, given)).tags if tag in ("svg", "img")]
+    assert len(pictures) > 8
+    assert all(attrs.get("alt") or attrs.get("role") == "img" and attrs.get("aria-label") for _, attrs in pictures)
+
+
+def test_nothing_is_fetched_and_nothing_runs(tmp_path):
+    page = written(tmp_path, case(20, 300))
+    assert '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:' in page
+    assert "<script" not in page and not re.search(r"https?:|//|url\(|@import", page)
+    links = [v for _, attrs in Page(page).tags for k, v in attrs.items() if k in ("src", "href", "srcset", "data")]
+    assert all(link.startswith("data:") for link in links)
+
+
+@pytest.mark.parametrize(
+    ("classes", "name"), [(3, "class"), (20, "pomegranate"), (60, "果物"), (200, "a very long name")]
+)
+def test_names_beside_the_matrix_do_not_overlap(tmp_path, classes, name):
+    page = written(tmp_path, case(classes, 3 * classes, name))
+    rows, size = matrix_names(page, "rows")
+    columns, _ = matrix_names(page, "columns")
+    assert len(rows) == len(columns) == classes
+    assert min(b[1] - a[1] for a, b in zip(rows, rows[1:])) >= size
+    # At 45 degrees, lines of text lie cos 45° of their step apart.
+    assert min(b[0] - a[0] for a, b in zip(columns, columns[1:])) * math.cos(math.pi / 4) >= size
+
+
+def test_a_report_of_two_hundred_classes_is_no_giant(tmp_path):
+    written(tmp_path, case(200, 20_000))
+    assert (tmp_path / "report.html").stat().st_size < 5_000_000
+
+
+# In a browser
+
+
+def call(method, url, body=None):
+    content = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, content, {"Content-Type": "application/json"}, method=method)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=20) as answer:
+        return json.load(answer)["value"]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """The address of a WebDriver session in headless Chromium."""
+    if not all(CHROMIUM):
+        pytest.skip("no chromium or chromedriver on the PATH: the report is not looked at in a browser")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    driver = subprocess.Popen([CHROMIUM[1], f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    options = {"args": [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"], "binary": CHROMIUM[0]}
+    wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
+    base, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 10
+    try:
+        while True:
+            try:
+                call("GET", f"{base}/status")
+                break
+            except urllib.error.URLError:
+                assert time.monotonic() < deadline, "chromedriver does not answer"
+                time.sleep(0.05)
+        address = (
+            f"{base}/session/" + call("POST", f"{base}/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+        )
+        yield address
+        call("DELETE", address)
+    finally:
+        driver.terminate()
+        driver.wait(10)
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("classes", [20, 200])
+def test_a_browser_shows_it_without_errors_requests_or_sideways_scrolling(tmp_path, browser, width, classes):
+    Image.new("RGB", (640, 320), (200, 30, 30)).save(tmp_path / "red.png")
+    given = case(classes, 5 * classes, name="a_very_long_name_without_any_space_in_it")
+    given["paths"] = [bytes(tmp_path / "red.png")] + [b"x" * 200 + HOSTILE.encode()] * (5 * classes - 1)
+    given["model"] = "a_model_with_a_very_long_name_indeed" * 3 + ".pth"
+    written(tmp_path, given)
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    call("POST", f"{browser}/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": metrics})
+    for kind in ("browser", "performance"):
+        call("POST", f"{browser}/se/log", {"type": kind})  # what came before does not count
+    call("POST", f"{browser}/url", {"url": (tmp_path / "report.html").as_uri()})
+    look = "return [document.documentElement.scrollWidth, innerWidth, document.getElementById('accuracy').textContent]"
+    wide, window, accuracy = call("POST", f"{browser}/execute/sync", {"script": look, "args": []})
+    assert window == width and wide <= window
+    assert accuracy == f"{given['scores'].accuracy:.2%}"
+    look = """return ['rows', 'columns'].flatMap(side => {
+        const svg = document.querySelector('.' + side), box = svg.getBoundingClientRect()
+        return [...svg.querySelectorAll('text')].filter(text => {
+            const name = text.getBoundingClientRect()
+            return name.left < box.left || name.top < box.top || name.right > box.right || name.bottom > box.bottom
+        }).map(text => side + ' ' + text.textContent)})"""
+    assert call("POST", f"{browser}/execute/sync", {"script": look, "args": []}) == []  # names cut off
+    assert call("POST", f"{browser}/se/log", {"type": "browser"}) == []
+    events = [json.loads(e["message"])["message"] for e in call("POST", f"{browser}/se/log", {"type": "performance"})]
+    sent = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert [url for url in sent if not url.startswith("data:")] == [(tmp_path / "report.html").as_uri()]

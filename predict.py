@@ -294,7 +294,7 @@ def score_table(scores: Scores, classes: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def read_curves(model: Path) -> list[dict[str, str]]:
+def read_history(model: Path) -> list[dict[str, str]]:
     """The rows of the CSV that training left beside a checkpoint; none where there is no such file."""
     try:
         with open(model.with_suffix(".csv"), newline="", encoding="utf-8") as file:
@@ -389,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n{score_table(scores, classes)}", file=table)
     if judged:
         names = {"model": shown(args.model), "list_name": ", ".join(map(shown, args.images))}
-        save_report(args.report, classifier, scores, judged, curves=read_curves(args.model), **names)
+        save_report(args.report, classifier, scores, judged, curves=read_history(args.model), **names)
         print(f"\nreport saved in {shown(args.report)}", file=table)
     if unread:
         sys.exit(1)

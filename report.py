@@ -267,10 +267,16 @@ def facts(about: dict) -> str:
 
 
 def read_curves(curves: list[dict[str, str]]) -> dict[str, list[float]] | None:
-    """The columns as finite numbers; None where there are none, or one is malformed."""
+    """The columns as finite numbers; None where there are none, or one is malformed.
+
+    With a validation split its figures stand where the test list's otherwise do.
+    """
     names = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr")
+    split = bool(curves) and "val_loss" in curves[0]
     try:
-        columns = {name: [float(row[name]) for row in curves] for name in names}
+        columns = {
+            name: [float(row[name.replace("test", "val") if split else name]) for row in curves] for name in names
+        }
     except (KeyError, TypeError, ValueError):
         return None
     return (
@@ -332,10 +338,11 @@ def learning_curves(curves: list[dict[str, str]]) -> str:
     best = max((index for index, row in enumerate(curves) if row.get("best") == "1"), default=None)
     highest = max(0.0, *columns["train_loss"], *columns["test_loss"]) or 1.0
     drop_key = '<span><i class="drop"></i>learning rate drops</span>' if drops(columns["lr"]) else ""
+    judge = "validation split" if "val_loss" in curves[0] else "test list"
     return (
         "<p>Training figures are taken while the weights still move, on views drawn at random; "
-        "they may lie below those of the test list.</p>"
-        '<p class="key"><span><i class="blue dash"></i>training list</span><span><i class="orange"></i>test list</span>'
+        f"they may lie below those of the {judge}.</p>"
+        f'<p class="key"><span><i class="blue dash"></i>training list</span><span><i class="orange"></i>{judge}</span>'
         f'{drop_key}</p><div class="pair">'
         + curve_chart("loss", columns, best, "g", highest)
         + curve_chart("accuracy", columns, best, ".0%", 1.0)

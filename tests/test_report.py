@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import math
 import re
 import shutil
@@ -341,6 +342,7 @@ def call(method, url, body=None):
 def browser(tmp_path_factory):
     """The address of a WebDriver session in headless Chromium."""
     if not all(CHROMIUM):
+        assert not os.environ.get("CI"), "CI looks at the report in a browser: install chromium and chromium-driver"
         pytest.skip("no chromium or chromedriver on the PATH: the report is not looked at in a browser")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -341,7 +341,8 @@ def decode_photo(file: io.BufferedIOBase) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(file, formats=IMAGE_FORMATS)
-            if image.width * image.height > MAX_PIXELS:
+            canvases = 3 if image.format == "WEBP" and image.n_frames > 1 else 1  # that its decoder holds at once
+            if image.width * image.height * canvases > MAX_PIXELS:
                 raise PhotoError(f"{image.width}x{image.height} pixels, over the limit of {MAX_PIXELS:,}")
             if image.format == "PNG":  # reading pixels skips their checksums
                 image.verify()

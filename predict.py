@@ -181,7 +181,8 @@ def row_printer(style: str, classes: Sequence[str], top_k: int, min_prob: float)
             top = [{"class": each, "prob": prob} for each, prob in tops]
             print(json.dumps({"path": os.fsdecode(path), "error": error, "truth": truth, "name": name, "top": top}))
         elif style == "csv":
-            writer.writerow([os.fsdecode(path), error, truth, name, *(item for pair in tops for item in pair)])
+            cells = [item for pair in tops for item in pair] or [None] * (2 * count)
+            writer.writerow([os.fsdecode(path), error, truth, name, *cells])
         elif error:
             print(f"error: {shown(path)}: {error}", file=sys.stderr)
         else:

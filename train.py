@@ -116,7 +116,9 @@ def one_line_errors() -> Iterator[None]:
         for line in error.lines if my_rank() == 0 or error.status == 1 else ():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(error.status)
-    except dist.DistBackendError as error:
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):  # which has no type of its own
+            raise
         print(f"error: another rank died ({str(error).splitlines()[0]}); the saved files are whole", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # the reader of our output is gone, as in `| head -1`: nobody to tell
@@ -154,7 +156,9 @@ class Photos:
         return self.text[start : int(self.ends[index])].numpy().tobytes()
 
     def paths(self) -> list[bytes]:
-        return self.text.numpy().tobytes().split(b"\n")[:-1]
+        # By their ends: a name may hold a newline itself.
+        text, starts = self.text.numpy().tobytes(), [0, *(self.ends + 1).tolist()]
+        return [text[start : end - 1] for start, end in itertools.pairwise(starts)]
 
     def subset(self, rows: Sequence[int]) -> "Photos":
         paths, labels, lines = self.paths(), self.labels.tolist(), self.lines.tolist()
@@ -308,13 +312,20 @@ def class_names(photos: Photos, classes_path: Path | None, classes: int) -> list
 
 
 def split_validation(photos: Photos, share: float, seed: int) -> tuple[Photos, Photos]:
-    """What is left to train on, and a share of each class drawn by seed: at least one image, never all of them."""
+    """What is left to train on, and a share of each class drawn by seed: at least one image, never all of them.
+
+    Raises UserError where every class has a single image.
+    """
     generator = torch.Generator().manual_seed(seed)
     held = []
     for label in photos.labels.unique():
         rows = (photos.labels == label).nonzero().flatten()
         count = min(max(1, round(share * len(rows))), len(rows) - 1)
         held += rows[torch.randperm(len(rows), generator=generator)[:count]].tolist()
+    if not held:
+        raise UserError(
+            f"--val-split: {photos.name} has one image of each class, none to spare; add some or leave it out"
+        )
     kept = sorted(set(range(len(photos))) - set(held))
     return photos.subset(kept), photos.subset(sorted(held))
 
@@ -733,7 +744,8 @@ def read_chunk(path: Path, shape: Sequence[int]) -> tuple[Tensor, dict[int, str]
     try:
         chunk = load_untrusted(path, mmap=True)
         features, unread = chunk["features"], chunk["unread"]
-        if features.shape == shape and features.dtype == torch.float32 and type(unread) is dict:
+        fits = features.shape == shape and features.dtype == torch.float32 and type(unread) is dict
+        if fits and chunk["name"] == path.name:
             return features, unread
     except (UserError, KeyError, TypeError, AttributeError):
         pass
@@ -743,7 +755,7 @@ def read_chunk(path: Path, shape: Sequence[int]) -> tuple[Tensor, dict[int, str]
 
 def save_chunk(path: Path, features: Tensor, unread: dict[int, str]) -> None:
     buffer = io.BytesIO()
-    torch.save({"features": features, "unread": unread}, buffer)
+    torch.save({"name": path.name, "features": features, "unread": unread}, buffer)
     save_atomically(path, buffer.getbuffer())
 
 
@@ -1358,7 +1370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.finetune_epochs:
         epochs = range(args.epochs + 1, args.epochs + args.finetune_epochs + 1)
         rates = (args.finetune_lr, args.lr / 10)
-        fresh = Views(train, views, view_seed)
+        fresh = Views(train, range(args.views), view_seed)  # the same views with a cache and without
         fine_tune(model, fresh, rows, judge, unfreeze=args.unfreeze, epochs=epochs, rates=rates, **common, **how)
     if my_rank() == 0:
         for caveat in caveats:

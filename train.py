@@ -103,6 +103,8 @@ def one_line_errors() -> Iterator[None]:
     """Turn user errors, Ctrl-C and SIGTERM into a line and an exit status; bugs keep their traceback."""
 
     def terminate(*_) -> None:
+        if hasattr(signal, "SIGCHLD"):  # sent to the whole group, as by `timeout`, it ends the workers too: no news
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise KeyboardInterrupt(143)
 
     with contextlib.suppress(ValueError):  # not the main thread: the caller owns the signals
@@ -527,6 +529,11 @@ def ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@functools.cache
+def warn_once(text: str) -> None:
+    warn(text)
+
+
 def shrinking(embed_views: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The same function, in 2, 4, then 8 parts where the device's memory is too small for the whole."""
     parts = 1
@@ -541,8 +548,7 @@ def shrinking(embed_views: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Ten
                     raise
                 if parts == 8:
                     raise UserError("the device is out of memory; run with --device cpu", status=1) from None
-                if parts == 1:
-                    warn("the device is out of memory; the pass goes on in smaller batches")
+                warn_once("the device is out of memory; the pass goes on in smaller batches")
                 parts *= 2
 
     return embed_parts
@@ -803,6 +809,7 @@ def gather_features(features: Features, unread: dict[int, str], count: int) -> t
 
 # Weights and checkpoints
 
+WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FORMAT = 1  # of what `save_checkpoint` adds to a state dict
 ABOUT = "train.py"  # its key in the state dict's _metadata, which a plain load_state_dict ignores
 ABOUT_TYPES = {
@@ -826,14 +833,18 @@ def load_untrusted(path: Path, mmap: bool = False) -> object:
     """What torch.save wrote: tensors and plain values. Raises UserError where it is damaged or holds more."""
     name = shown(path)
     try:
-        with open(path, "rb") as file:
+        file = open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{name}: {(error.strerror or str(error)).lower()}; name a file of weights") from None
+    try:
+        with file:
             if zipfile.is_zipfile(file):
                 check_zip(file)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except OSError as error:
-        raise UserError(f"{name}: {(error.strerror or str(error)).lower()}; name a file of weights") from None
     except Exception as error:  # parsers of untrusted bytes: damage comes as nearly any exception there is
-        code = isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error)
+        # Operand 149 begins every pickle of protocol 4 and later, which torch.save never writes.
+        words = str(error).lower() if isinstance(error, pickle.UnpicklingError) else ""
+        code = "unsupported global" in words or "unsupported operand 149" in words
         reason = "not a weights file: it holds more than tensors" if code else "damaged, or not a weights file"
         raise UserError(f"{name}: {reason}; get it again from its source") from None
 
@@ -853,7 +864,8 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], object]:
         metadata = vars(found).get("_metadata") if hasattr(found, "__dict__") else None
         about = dict.get(metadata, ABOUT) if isinstance(metadata, dict) else about
         found = next((found[key] for key in ("model", "state_dict") if isinstance(dict.get(found, key), dict)), found)
-    items = {str(key): value for key, value in dict.items(found)}
+    # Only names: whatever else a key is, printing it may fail.
+    items = {key if type(key) is str else type(key).__name__: value for key, value in dict.items(found)}
     return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in items.items()}, about
 
 
@@ -861,8 +873,19 @@ def check_zip(file: io.BufferedIOBase) -> None:
     """Raises ValueError unless every member's checksum holds and none claims more bytes than the file has."""
     size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
-        if sum(member.file_size for member in archive.infolist()) > size or archive.testzip() is not None:
+        members = archive.infolist()
+        # torch leaves a member that is marked as a folder (DOS attribute 0x10) unread: its tensor would be whatever
+        # the memory held before. One flipped bit does that, and no checksum covers it.
+        folders = any(member.is_dir() or member.external_attr & 0x10 for member in members)
+        if folders or sum(member.file_size for member in members) > size or archive.testzip() is not None:
             raise ValueError("checksum")
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value from an untrusted file is a tensor whose methods can be called and numbers read."""
+    if type(value) not in (Tensor, nn.Parameter) or vars(value):  # attributes may stand before methods
+        return False
+    return value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_nested)
 
 
 def check_resnet18(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -870,7 +893,7 @@ def check_resnet18(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     with torch.device("meta"):
         expected = resnet18().state_dict()
     head = state.get("fc.weight")
-    if isinstance(head, Tensor) and head.dim() == 2 and 0 < len(head) <= MAX_CLASSES:
+    if is_plain(head) and head.dim() == 2 and 0 < len(head) <= MAX_CLASSES:
         expected["fc.weight"] = torch.empty(len(head), 512, device="meta")
         expected["fc.bias"] = torch.empty(len(head), device="meta")
     elif head is None:  # a backbone alone
@@ -881,11 +904,11 @@ def check_resnet18(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         if given is None:
             if not key.endswith("num_batches_tracked"):  # a count that nothing reads
                 problems.append(f"no {key}")
-        elif not isinstance(given, Tensor) or given.layout != torch.strided or given.is_meta or given.is_quantized:
+        elif not is_plain(given):
             problems.append(f"{key} is no plain tensor")
         elif given.shape != value.shape:
             problems.append(f"{key} is {'x'.join(map(str, given.shape))}, not {'x'.join(map(str, value.shape))}")
-        elif given.is_floating_point() != value.is_floating_point():
+        elif given.dtype not in (WEIGHT_TYPES if value.is_floating_point() else (torch.int64,)):
             problems.append(f"{key} is {str(given.dtype).removeprefix('torch.')}")
         elif not given.isfinite().all():
             problems.append(f"{key} has values that are not finite")
@@ -959,8 +982,9 @@ def prepare_output(path: Path, cache: Path | None) -> None:
     try:
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
-        for stale in folder.glob(f".{glob.escape(path.name)}.*.tmp"):
-            stale.unlink(missing_ok=True)
+        for saved in (path, path.with_suffix(".csv")):
+            for stale in folder.glob(f".{glob.escape(saved.name)}.*.tmp"):
+                stale.unlink(missing_ok=True)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"--out {name}: can't write in {shown(folder)} ({reason}); name another folder") from None
@@ -1104,6 +1128,8 @@ def train_epochs(
         lr = optimizer.param_groups[0]["lr"]
         trained = train_one_epoch(model, train_batches(epoch), optimizer, epoch)
         judged = evaluate(model, judge_batches())
+        if not math.isfinite(judged[0]):
+            raise UserError(f"the evaluation loss is {judged[0]} in epoch {epoch}; try a smaller --lr", status=1)
         plateau.step(judged[1])
         history.add(epoch, trained, judged, lr)
 
@@ -1302,11 +1328,11 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """An argparse type: a finite number above 0."""
+    """An argparse type: a number above 0, whose tenfold (Adam's first step) float32 can hold."""
     with contextlib.suppress(ValueError):
-        if 0 < float(text) < math.inf:
+        if 0 < float(text) < 1e37:
             return float(text)
-    raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+    raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0 and below 1e37")
 
 
 def share(text: str) -> float:

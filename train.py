@@ -1409,6 +1409,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             known = test_features if history.best_epoch <= args.epochs else None
             print(f"test      accuracy {score_test(args.out, test, known, **how):.2%}, scored once")
         print(f"next      python predict.py {shown(args.test)} --report report.html")
+    if dist.is_initialized():
+        dist.destroy_process_group()  # left to the interpreter's end, its threads may abort the process
 
 
 if __name__ == "__main__":

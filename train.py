@@ -42,7 +42,7 @@ import numpy as np
 import PIL
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
@@ -354,16 +354,18 @@ def decode_photo(file: io.BufferedIOBase) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(file, formats=IMAGE_FORMATS)
-            canvases = 3 if image.format == "WEBP" and image.n_frames > 1 else 1  # that its decoder holds at once
+            canvases = 3 if image.format == "WEBP" else 1  # that its decoder holds at once, of a still image too
             if image.width * image.height * canvases > MAX_PIXELS:
-                raise PhotoError(f"{image.width}x{image.height} pixels, over the limit of {MAX_PIXELS:,}")
+                limit = f"{MAX_PIXELS // canvases:,}{' for WebP' if canvases > 1 else ''}"
+                raise PhotoError(f"{image.width}x{image.height} pixels, over the limit of {limit}")
             if image.format == "PNG":  # reading pixels skips their checksums
                 image.verify()
                 file.seek(0)
                 image = Image.open(file, formats=IMAGE_FORMATS)
             image.draft("RGB", (2 * RESIZE_TRAINING.size[0], 2 * RESIZE_TRAINING.size[1]))
             image.load()
-            return as_rgb(upright(image))
+            image = upright(image)  # the stored pixels are let go
+            return as_rgb(image)
     except PhotoError:
         raise
     except (Image.UnidentifiedImageError, Image.DecompressionBombError) as error:
@@ -389,10 +391,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image.getchannel("A"))
-        return white
+        image = image if image.mode in ("RGBA", "LA") else image.convert("RGBA")
+        colour = image.convert("RGB")  # in place from here: of the largest images each copy is a third of a gigabyte
+        colour.paste("white", mask=ImageChops.invert(image.getchannel("A")))
+        return colour
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -44,6 +44,7 @@ from train import (
     pick_precision,
     read_list,
     read_photo,
+    reason_of,
     share,
     shown,
     upright,
@@ -117,28 +118,28 @@ def predict_photos(
 
 def find_photos(arguments: Sequence[str], root: Path) -> tuple[Photos, bool]:
     """The images that files, folders and lists name, and whether all have labels. Raises UserError."""
-    parts, problems = [], []
+    parts, problems, labelled = [], [], True
     for argument in arguments:
-        if os.path.isdir(argument):
+        folder = os.path.isdir(argument)
+        if argument.endswith(".txt") and not folder:
+            photos, wrong = read_list(Path(argument), root)
+            problems += wrong
+            parts.append(photos)
+            continue
+        labelled, found = False, [os.fsencode(argument)]
+        if folder:
             found = sorted(
-                os.path.join(folder, name)
-                for folder, _, names in os.walk(os.fsencode(argument))
+                os.path.join(inner, name)
+                for inner, _, names in os.walk(os.fsencode(argument))
                 for name in names
                 if os.fsdecode(name).lower().endswith(SUFFIXES)
             )
             if not found:
                 problems.append(f"{shown(argument)}: no image in this folder; their names end in {', '.join(SUFFIXES)}")
-            parts.append(Photos(argument, found, [0] * len(found), range(len(found))))
-        elif argument.endswith(".txt"):
-            photos, wrong = read_list(Path(argument), root)
-            problems += wrong
-            parts.append(photos)
-        else:
-            parts.append(Photos(argument, [os.fsencode(argument)], [0], [0]))
+        parts.append(Photos(argument, found, [0] * len(found), range(len(found))))
     if problems:
         more = [f"{len(problems):,} problems, {SHOWN_PROBLEMS} of them shown"] if len(problems) > SHOWN_PROBLEMS else []
         raise UserError(*problems[:SHOWN_PROBLEMS], *more)
-    labelled = all(argument.endswith(".txt") and not os.path.isdir(argument) for argument in arguments)
     if len(parts) == 1:
         return parts[0], labelled
     joined = [[item for part in parts for item in items(part)] for items in (Photos.paths, lambda p: p.labels.tolist())]
@@ -321,7 +322,7 @@ def save_report(path: Path, classifier: Classifier, scores: Scores, images: Sequ
             **names,
         )
     except OSError as error:
-        raise UserError(f"--report {shown(path)}: {(error.strerror or str(error)).lower()}", status=1) from None
+        raise UserError(f"--report {shown(path)}: {reason_of(error)}", status=1) from None
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

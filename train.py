@@ -93,6 +93,11 @@ def shown(name: str | bytes | os.PathLike) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
+def reason_of(error: OSError) -> str:
+    """What the operating system says went wrong, as part of a sentence."""
+    return (error.strerror or str(error)).lower()
+
+
 def warn(text: str) -> None:
     if my_rank() == 0:
         print(f"warning: {text}", file=sys.stderr, flush=True)
@@ -175,7 +180,7 @@ def file_problem(path: bytes) -> str | None:
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        return "no such image" if isinstance(error, FileNotFoundError) else (error.strerror or str(error)).lower()
+        return "no such image" if isinstance(error, FileNotFoundError) else reason_of(error)
     if stat.S_ISDIR(mode):
         return "is a directory, not an image"
     # One more system call only where the mode does not already say that everybody may read.
@@ -203,7 +208,7 @@ def read_text(path: Path) -> bytes:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{name}: {(error.strerror or str(error)).lower()}; name an existing text file") from None
+        raise UserError(f"{name}: {reason_of(error)}; name an existing text file") from None
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw[:1000]:
         raise UserError(f"{name}:1: looks like UTF-16; save it as UTF-8")
     try:
@@ -340,7 +345,7 @@ def read_photo(path: str | bytes | os.PathLike) -> Image.Image:
         with open(path, "rb") as file:
             return decode_photo(file)
     except OSError as error:
-        raise PhotoError((error.strerror or str(error)).lower()) from None
+        raise PhotoError(reason_of(error)) from None
 
 
 def decode_photo(file: io.BufferedIOBase) -> Image.Image:
@@ -499,7 +504,7 @@ def build_model(classes: int, state: dict[str, Tensor] | None, seed: int) -> nn.
     torch.manual_seed(seed)
     model = resnet18()
     if state is not None:
-        model.load_state_dict(state, strict=False)  # what fits and what doesn't was settled by `fit_backbone`
+        model.load_state_dict(state, strict=False)  # what fits and what doesn't was settled by `check_resnet18`
     for parameter in model.parameters():
         parameter.requires_grad = False
     torch.manual_seed(seed)  # the same head, whatever the backbone's origin
@@ -762,9 +767,7 @@ def read_chunk(path: Path, shape: Sequence[int]) -> tuple[Tensor, dict[int, str]
 
 
 def save_chunk(path: Path, features: Tensor, unread: dict[int, str]) -> None:
-    buffer = io.BytesIO()
-    torch.save({"name": path.name, "features": features, "unread": unread}, buffer)
-    save_atomically(path, buffer.getbuffer())
+    save_tensors(path, {"name": path.name, "features": features, "unread": unread})
 
 
 # Ranks: the processes of one torchrun.
@@ -837,7 +840,7 @@ def load_untrusted(path: Path, mmap: bool = False) -> object:
     try:
         file = open(path, "rb")
     except OSError as error:
-        raise UserError(f"{name}: {(error.strerror or str(error)).lower()}; name a file of weights") from None
+        raise UserError(f"{name}: {reason_of(error)}; name a file of weights") from None
     try:
         with file:
             if zipfile.is_zipfile(file):
@@ -916,7 +919,7 @@ def check_resnet18(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             problems.append(f"{key} has values that are not finite")
     if problems:
         raise UserError(f"{shown(path)}: does not fit a ResNet-18: {some(problems)}; give one made for resnet18")
-    return {key: state[key] for key in expected if key in state}
+    return {key: state[key] if key in state else torch.tensor(0) for key in expected}  # no count: none was tracked
 
 
 def load_backbone(path: Path) -> dict[str, Tensor]:
@@ -937,7 +940,6 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
     classes = len(state["fc.weight"])
     with torch.device("meta"):
         model = resnet18(num_classes=classes)
-    state = {key: torch.zeros(value.shape) for key, value in model.state_dict().items()} | state
     model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
     if about is not None and not is_about(about, classes):
         warn(f"{shown(path)}: its class names and history are malformed; going on with class numbers")
@@ -967,11 +969,18 @@ def save_atomically(path: Path, content: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        reason = "disk full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error)).lower()
+        reason = "disk full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else reason_of(error)
         raise UserError(f"{shown(path)}: {reason}; what was saved before is intact", status=1) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def save_tensors(path: Path, content: object) -> None:
+    """`torch.save`, atomically: through memory, so that a failing disk raises what `save_atomically` catches."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    save_atomically(path, buffer.getbuffer())
 
 
 def prepare_output(path: Path, cache: Path | None) -> None:
@@ -988,13 +997,13 @@ def prepare_output(path: Path, cache: Path | None) -> None:
             for stale in folder.glob(f".{glob.escape(saved.name)}.*.tmp"):
                 stale.unlink(missing_ok=True)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"--out {name}: can't write in {shown(folder)} ({reason}); name another folder") from None
+        why = f"can't write in {shown(folder)} ({reason_of(error)})"
+        raise UserError(f"--out {name}: {why}; name another folder") from None
     try:
         if cache:
             cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--cache {shown(cache)}: {(error.strerror or str(error)).lower()}; name a folder") from None
+        raise UserError(f"--cache {shown(cache)}: {reason_of(error)}; name a folder") from None
     if free < CHECKPOINT_BYTES:
         raise UserError(
             f"--out {name}: disk full ({free >> 20} MB free, {CHECKPOINT_BYTES >> 20} needed); free some space"
@@ -1007,14 +1016,17 @@ def save_checkpoint(path: Path, model: nn.Module, about: dict) -> None:
     for key, value in state.items():
         state[key] = value.detach().cpu().contiguous()
     state._metadata[ABOUT] = {"format": FORMAT, **about}
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    save_atomically(path, buffer.getbuffer())
+    save_tensors(path, state)
+
+
+def imagenet_path() -> Path:
+    """Where torchvision keeps its ImageNet weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(IMAGENET_URL).name
 
 
 def download_imagenet() -> Path:
-    """Where torchvision keeps its ImageNet weights, downloaded if need be. Raises OSError or RuntimeError."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(IMAGENET_URL).name
+    """The file of the ImageNet weights, downloaded if need be. Raises OSError or RuntimeError."""
+    path = imagenet_path()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         before = socket.getdefaulttimeout()
@@ -1041,8 +1053,7 @@ def find_weights(wish: str | None) -> tuple[dict[str, Tensor] | None, str, list[
         return load_backbone(download_imagenet()), f"ImageNet ({ResNet18_Weights.DEFAULT})", []
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = shown(str(getattr(error, "reason", error)))
-    place = Path(torch.hub.get_dir()) / "checkpoints" / Path(IMAGENET_URL).name
-    fix = f"fetch {IMAGENET_URL} elsewhere and put it at {shown(place)}, or give it as --weights FILE"
+    fix = f"fetch {IMAGENET_URL} elsewhere and put it at {shown(imagenet_path())}, or give it as --weights FILE"
     if wish == "imagenet":
         raise UserError(f"ImageNet weights can't be downloaded ({reason}); {fix}")
     bundled = shown(os.path.relpath(BUNDLED_WEIGHTS))
@@ -1096,9 +1107,10 @@ def train_one_epoch(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if not math.isfinite(loss.item()):
-            raise UserError(f"the loss is {loss.item()} in epoch {epoch}, step {step}; try a smaller --lr", status=1)
-        total_loss += loss.item() * len(labels)  # the last batch may be smaller
+        mean_loss = loss.item()
+        if not math.isfinite(mean_loss):
+            raise UserError(f"the loss is {mean_loss} in epoch {epoch}, step {step}; try a smaller --lr", status=1)
+        total_loss += mean_loss * len(labels)  # the last batch may be smaller
         right += (logits.argmax(1) == labels).sum().item()
         count += len(labels)
     return mean_over(model, total_loss, right, count)

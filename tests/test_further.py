@@ -31,17 +31,13 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch):
+def tiny(monkeypatch, one_thread):
     """Views of 64 pixels instead of 224, one thread and no waiting for the disk: nothing here depends on these."""
     steps = [T.CenterCrop(64) if isinstance(step, T.CenterCrop) else step for step in train.TRAINING_VIEW.transforms]
     monkeypatch.setattr(train, "EVALUATION_VIEW", T.Resize((64, 64)))
     monkeypatch.setattr(train, "RESIZE_TRAINING", T.Resize((86, 86)))
     monkeypatch.setattr(train, "TRAINING_VIEW", T.Compose(steps))
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

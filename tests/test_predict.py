@@ -48,13 +48,7 @@ def alike(found, expected, tolerance=1e-6):
     )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other are slow where other work shares the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 LOAD = predict.load

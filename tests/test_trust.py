@@ -51,13 +51,7 @@ class SmallNetwork(nn.Module):
         self.fc = nn.Linear(512, num_classes)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For tiny tensors a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

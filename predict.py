@@ -38,6 +38,7 @@ from train import (
     each_image,
     embed,
     embed_in_order,
+    frozen,
     load_checkpoint,
     one_line_errors,
     pick_device,
@@ -72,8 +73,7 @@ def load(path: str | os.PathLike = "best.pth", device: str = "auto") -> Classifi
     where = pick_device(device)
     # As it was trained, so that the accuracy is the one that training reported.
     dtype = pick_precision("float32" if about.get("precision") == "float32" else "auto", where)
-    backbone = backbone_of(model).to(where, memory_format=torch.channels_last)
-    return Classifier(backbone, model.fc, about["classes"], about, where, dtype)
+    return Classifier(frozen(backbone_of(model), where, dtype), model.fc, about["classes"], about, where, dtype)
 
 
 @torch.inference_mode()
@@ -86,9 +86,8 @@ def predict(classifier: Classifier, images: Sequence[str | os.PathLike | Image.I
     for image in images:
         photo = as_rgb(upright(image)) if isinstance(image, Image.Image) else read_photo(image)
         features = embed(classifier.backbone, draw_views(photo, [0], 0, 0), classifier.device, classifier.dtype)
-        named.append(
-            likeliest(classifier.head(features.float()[0]).softmax(0), classifier.classes, len(classifier.classes))
-        )
+        probs = classifier.head(features.cpu().float()[0]).softmax(0)
+        named.append(likeliest(probs, classifier.classes, len(classifier.classes)))
     return named
 
 
@@ -113,7 +112,7 @@ def predict_photos(
         workers=workers if len(photos) > batch_size else 0,
     )
     for index, features in each_image(batches):
-        yield index, features if isinstance(features, str) else classifier.head(features.float()).softmax(0)
+        yield index, features if isinstance(features, str) else classifier.head(features).softmax(0)
 
 
 def find_photos(arguments: Sequence[str], root: Path) -> tuple[Photos, bool]:

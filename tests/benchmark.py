@@ -101,13 +101,13 @@ def pass_rates(folder: str, count: str) -> None:
     photos = train.Photos("bench", paths, [0] * len(paths), range(len(paths)))
     device = train.pick_device("auto")
     dtype = train.pick_precision("auto", device)
-    backbone = train.backbone_of(train.build_model(20, train.load_backbone(WEIGHTS), 0)).to(device)
+    backbone = train.frozen(train.backbone_of(train.build_model(20, train.load_backbone(WEIGHTS), 0)), device, dtype)
     batch = train.PASS_BATCH[device.type]
-    ready = torch.randn(batch, 3, 224, 224, device=device).to(memory_format=torch.channels_last)
+    ready = torch.randn(batch, 3, 224, 224, device=device).to(dtype, memory_format=torch.channels_last)
     how = {"device": device, "dtype": dtype, "workers": train.cores_of_rank()}
     found = {"ready": [], "pass": [], "evaluation": []}
     for _ in range(3):
-        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.inference_mode():
             backbone(ready)[0, 0].item()
             rounds, began = 0, time.perf_counter()
             while time.perf_counter() - began < 4:
@@ -255,7 +255,7 @@ def compare_views() -> None:
     device = train.pick_device("auto")
     how = {"device": device, "dtype": train.pick_precision("auto", device), "workers": train.cores_of_rank()}
     model = train.build_model(20, train.load_backbone(WEIGHTS), 0)
-    backbone = train.backbone_of(model).to(device)
+    backbone = train.frozen(train.backbone_of(model), device, how["dtype"])
     features = train.extract_features(backbone, train.Views(train_list, range(21), 0), **how)[0].chunks[0]
     judge = train.extract_features(backbone, train.Views(test, [0], 0), **how)[0]
     kept = {f"{n} random": range(1, n + 1) for n in (1, 2, 4, 20)}

@@ -853,6 +853,8 @@ def load_untrusted(path: Path, mmap: bool = False) -> object:
     """What torch.save wrote: tensors and plain values. Raises UserError where it is damaged or holds more."""
     name = shown(path)
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for a writer
+            raise UserError(f"{name}: not a regular file; name a file of weights")
         file = open(path, "rb")
     except OSError as error:
         raise UserError(f"{name}: {reason_of(error)}; name a file of weights") from None
@@ -1216,7 +1218,10 @@ def fine_tune(
         best, _ = load_state(history.out)
         model.load_state_dict(best)
     device, parts, cut = how["device"], list(model.to(how["device"]).children()), UNFROZEN_FROM[unfreeze]
-    trunk, tail = frozen(nn.Sequential(*parts[:cut]), device, how["dtype"]), nn.Sequential(*parts[cut:-1], nn.Flatten(1))
+    trunk, tail = (
+        frozen(nn.Sequential(*parts[:cut]), device, how["dtype"]),
+        nn.Sequential(*parts[cut:-1], nn.Flatten(1)),
+    )
     for parameter in tail.parameters():
         parameter.requires_grad = True
     network = Network(tail, model.fc, device, how["dtype"])
@@ -1339,7 +1344,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--finetune-lr", type=positive, default=1e-4, metavar="RATE", help="Adam's learning rate for the stages")
     add("--views", type=whole(1), default=4, metavar="V", help="kept of each training image, all but one random")
     add("--seed", type=whole(0), default=0, metavar="N", help="of views, head and shuffling")
-    add("--view-seed", type=whole(0), metavar="N", help="of views alone (default: --seed)")
+    add("--view-seed", type=whole(0), metavar="N", help="of views and split alone (default: --seed)")
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, default="best.pth", metavar="FILE", help="checkpoint; a .csv is put beside it")
     return parser.parse_args(argv)
@@ -1382,7 +1387,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, test = read_lists(args.train, args.test, args.root)
     classes = int(train.labels.max()) + 1
     names = class_names(train, args.classes, classes)
-    train, judge = split_validation(train, args.val_split, args.seed) if args.val_split else (train, test)
+    view_seed = args.seed if args.view_seed is None else args.view_seed
+    train, judge = split_validation(train, args.val_split, view_seed) if args.val_split else (train, test)
     chosen_on = f"{args.val_split:.0%} of {train.name}" if args.val_split else test.name
     prepare_output(args.out, args.cache)
     weights, origin, caveats = find_weights(args.weights)
@@ -1399,7 +1405,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     how = {"device": device, "dtype": dtype, "workers": cores_of_rank() if args.workers is None else args.workers}
     extract = functools.partial(extract_features, frozen(backbone_of(model), device, dtype), cache=args.cache, **how)
     views = range(args.views if args.cache else min(args.views, args.epochs))
-    view_seed = args.seed if args.view_seed is None else args.view_seed
     features, unread = extract(Views(train, views, view_seed), tolerated=max(1, len(train) // 100))
     rows = torch.tensor([row for row in range(len(train)) if row not in unread])
     judge_features, _ = extract(Views(judge, [0], view_seed))
@@ -1419,9 +1424,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if my_rank() == 0:
         warn_of_overlap(train, test, features, test_features)
         # On the CPU: the head is so small that a device's launch times would cost more.
-        train_head(
-            model.fc, train, rows, judge, features, judge_features, epochs=args.epochs, lr=args.lr, **common
-        )
+        train_head(model.fc, train, rows, judge, features, judge_features, epochs=args.epochs, lr=args.lr, **common)
     if args.finetune_epochs:
         epochs = range(args.epochs + 1, args.epochs + args.finetune_epochs + 1)
         rates = (args.finetune_lr, args.lr / 10)

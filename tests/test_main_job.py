@@ -94,6 +94,32 @@ def test_the_backbone_gives_what_plain_torchvision_gives():
     assert torch.allclose(train.embed(bundled_backbone(), views, **CPU), expected, atol=1e-4)
 
 
+def test_weights_cast_once_give_the_bits_of_autocast():
+    images = torch.randn(3, 3, 224, 224).to(memory_format=torch.channels_last)
+    cast = train.frozen(bundled_backbone(), torch.device("cpu"), torch.bfloat16)
+    with torch.inference_mode():
+        found = cast(images.to(torch.bfloat16))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(found, bundled_backbone()(images))
+
+
+def test_bfloat16_features_are_within_a_percent_of_float32_and_as_often_right(sample_run):
+    model, _ = train.load_checkpoint(sample_run[1])
+    test, _ = train.read_list(ROOT / "test.txt", ROOT)
+    features = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        how = {"device": torch.device("cpu"), "dtype": dtype}
+        backbone = train.frozen(train.backbone_of(model), **how)
+        features[dtype] = train.extract_features(backbone, train.Views(test, [0], 0), workers=2, **how)[0].chunks[0][
+            :, 0
+        ]
+    exact, fast = features.values()
+    errors = (fast - exact).norm(dim=1) / exact.norm(dim=1)
+    assert 0 < errors.max() < 0.01
+    right = [(model.fc(each).argmax(1) == test.labels).sum().item() for each in (exact, fast)]
+    assert abs(right[0] - right[1]) < len(test) / 100
+
+
 def test_mean_losses_count_samples_not_batches():
     # Logits are (0, x): the loss of label 0 is log(1 + e^x). Batches of 2 and 1: a mean of batch means would differ.
     model = nn.Linear(1, 2, bias=False)

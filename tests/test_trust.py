@@ -1320,7 +1320,8 @@ REFUSED = {
         MISFIT.format(r"unexpected \\x1b\[2J, no conv1.weight, .*"),
     ),
     "itself within itself": (lambda: pickled(within_itself()), MISFIT.format(r"unexpected model, no conv1.weight, .*")),
-    "a directory": (None, f"{os.strerror(errno.EISDIR).lower()}; name a file of weights"),
+    "a directory": (None, "not a regular file; name a file of weights"),
+    "a FIFO": (None, "not a regular file; name a file of weights"),
     "missing": (None, f"{os.strerror(errno.ENOENT).lower()}; name a file of weights"),
 }
 
@@ -1337,6 +1338,8 @@ def test_a_file_that_is_no_sound_resnet18_is_refused_by_both_scripts(colours, ki
     make, reason = REFUSED[kind]
     if kind == "a directory":
         os.mkdir("bad.pth")
+    elif kind == "a FIFO":
+        os.mkfifo("bad.pth")
     elif make:
         Path("bad.pth").write_bytes(make())
     before = sorted(os.listdir())

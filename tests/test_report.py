@@ -2,8 +2,8 @@
 
 import html
 import json
-import os
 import math
+import os
 import re
 import shutil
 import socket

@@ -32,6 +32,7 @@ import stat
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 import zipfile
 from collections import defaultdict
@@ -619,6 +620,7 @@ def embed_in_order(
             if not workers or "DataLoader worker" not in str(error):
                 raise
             warn("a worker died: out of memory, or /dev/shm is too small (docker run --shm-size=1g); going on without")
+            traceback.clear_frames(error.__traceback__)  # ends the other workers now, not with the next garbage
             workers = 0
 
 

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import itertools
+import multiprocessing
 import os
 import pickle
 import re
@@ -815,6 +816,7 @@ def test_a_dead_worker_gets_a_warning_that_names_shm_size_and_the_run_goes_on(tr
         "warning: a worker died: out of memory, or /dev/shm is too small (docker run --shm-size=1g); going on without"
     }
     assert Path("best.csv").read_text() == Path("expected.csv").read_text()
+    assert not multiprocessing.active_children()
 
 
 SLOW_RUN = """

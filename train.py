@@ -398,9 +398,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        image = image if image.mode in ("RGBA", "LA") else image.convert("RGBA")
-        colour = image.convert("RGB")  # in place from here: of the largest images each copy is a third of a gigabyte
-        colour.paste("white", mask=ImageChops.invert(image.getchannel("A")))
+        # No copy more than this: of the largest images each is a third of a gigabyte.
+        alpha = (image if image.mode in ("RGBA", "LA") else image.convert("RGBA")).getchannel("A")
+        colour = image.convert("RGB")
+        colour.paste("white", mask=ImageChops.invert(alpha))
         return colour
     return image if image.mode == "RGB" else image.convert("RGB")
 

@@ -344,23 +344,26 @@ def test_a_bomb_is_refused_before_it_is_decoded_and_costs_no_memory(tmp_path, fo
     assert growth(read) < 30 << 20
 
 
-def large_png(side):
-    """Transparent pixels, a row of zeros after another."""
+def large_png(side, channels):
+    """Transparent pixels, a row of zeros after another; of 3 channels a chunk says which colour is transparent."""
     packer = zlib.compressobj(1)
-    rows = b"".join(packer.compress(bytes(1 + 4 * side)) for _ in range(side)) + packer.flush()
-    chunks = (b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0), b"IDAT" + rows, b"IEND")
+    rows = b"".join(packer.compress(bytes(1 + channels * side)) for _ in range(side)) + packer.flush()
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, {3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = [header, *[b"tRNS" + bytes(6)] * (channels == 3), b"IDAT" + rows, b"IEND"]
     parts = (len(chunk[4:]).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") for chunk in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+@pytest.mark.parametrize("format", ["PNG", "PNG with a transparent colour", "WEBP"])
 def test_an_image_at_the_limit_takes_less_than_a_gigabyte(tmp_path, format):
     # As large as it may be, transparent, and still a small file: what costs its decoder most.
-    (tmp_path / "photo").write_bytes(large_png(9459) if format == "PNG" else bombs(9459)["WEBP"])
+    large = bombs(9459)["WEBP"] if format == "WEBP" else large_png(9459, channels=4 if format == "PNG" else 3)
+    (tmp_path / "photo").write_bytes(large)
 
     def read():
         try:
-            assert train.read_photo(tmp_path / "photo").size == (9459, 9459)
+            photo = train.read_photo(tmp_path / "photo")
+            assert photo.size == (9459, 9459) and photo.getpixel((0, 0)) == (255, 255, 255)
         except train.PhotoError as error:
             assert format == "WEBP" and "over the limit" in str(error)  # its decoder needs several times the pixels
 

@@ -440,17 +440,21 @@ def draw_views(image: Image.Image, views: Sequence[int], seed: int, index: int) 
 
 
 class Views(Dataset):
-    """Image i of a list as (i, its views), or as (i, the reason) where it can't be read."""
+    """Image i of a list as (i, its views), or as (i, the reason) where it can't be read.
 
-    def __init__(self, photos: Photos, views: Sequence[int], seed: int):
-        self.photos, self.views, self.seed = photos, views, seed
+    by_turns: one view of each image, the next of them with each next image.
+    """
+
+    def __init__(self, photos: Photos, views: Sequence[int], seed: int, by_turns: bool = False):
+        self.photos, self.views, self.seed, self.by_turns = photos, views, seed, by_turns
 
     def __len__(self) -> int:
         return len(self.photos)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        views = [self.views[index % len(self.views)]] if self.by_turns else self.views
         try:
-            return index, draw_views(read_photo(self.photos.path(index)), self.views, self.seed, index)
+            return index, draw_views(read_photo(self.photos.path(index)), views, self.seed, index)
         except PhotoError as error:
             return index, str(error)
 
@@ -1211,23 +1215,23 @@ def fine_tune(
     history: "History",
     **how,
 ) -> None:
-    """Train the last stages with the head on fresh views; the trunk before them stays frozen, outside the graph.
+    """Train the last stages with the head; the trunk before them stays frozen, outside the graph.
 
     From the best head on: a random head's gradients would spoil the features first (LP-FT, Kumar et al. 2022).
+    Each image comes in a fresh random view and in the evaluation view by turns: of random ones alone the network
+    learns their scale and not the test's (Touvron et al. 2019).
     rates: of the stages and of the head. how: device, dtype and workers. Under torchrun each rank takes its
     share of every batch and of the evaluation.
     """
     if my_rank() == 0:  # DistributedDataParallel hands its weights to the others
         best, _ = load_state(history.out)
         model.load_state_dict(best)
-    device, parts, cut = how["device"], list(model.to(how["device"]).children()), UNFROZEN_FROM[unfreeze]
-    trunk, tail = (
-        frozen(nn.Sequential(*parts[:cut]), device, how["dtype"]),
-        nn.Sequential(*parts[cut:-1], nn.Flatten(1)),
-    )
+    device, dtype, cut = how["device"], how["dtype"], UNFROZEN_FROM[unfreeze]
+    parts = list(model.to(device).children())
+    trunk, tail = frozen(nn.Sequential(*parts[:cut]), device, dtype), nn.Sequential(*parts[cut:-1], nn.Flatten(1))
     for parameter in tail.parameters():
         parameter.requires_grad = True
-    network = Network(tail, model.fc, device, how["dtype"])
+    network = Network(tail, model.fc, device, dtype)
     groups = [{"params": each.parameters(), "lr": lr} for each, lr in zip((tail, model.fc), rates, strict=True)]
     optimizer = torch.optim.Adam(groups)
     if world_size() > 1:
@@ -1244,8 +1248,9 @@ def fine_tune(
     def fresh_batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = rows[torch.randperm(len(rows), generator=shuffle)]
         even = order[: len(order) - len(order) % world_size()]  # ranks must make the same number of steps
-        fresh = Views(train.photos, [len(train.views) + epoch - epochs.start], train.seed)
-        return inputs_of(fresh, even[my_rank() :: world_size()].tolist())
+        views = [len(train.views) + epoch - epochs.start, 0][:: -1 if epoch % 2 else 1]
+        mixed = Views(train.photos, views, train.seed, by_turns=True)
+        return inputs_of(mixed, even[my_rank() :: world_size()].tolist())
 
     judged = list(inputs_of(Views(judge, [0], train.seed), my_share(len(judge))))  # the trunk runs on these once
     train_epochs(network, optimizer, epochs, fresh_batches, lambda: judged, history)

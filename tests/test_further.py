@@ -212,20 +212,29 @@ def test_an_epoch_of_fine_tuning_decodes_training_images_once_and_test_images_ne
 
 
 @pytest.mark.parametrize("cache", [(), ("--cache", "kept")])
-def test_fine_tuning_sees_the_same_fresh_views_with_and_without_a_cache(few, quick, monkeypatch, cache):
+def test_fine_tuning_sees_fresh_views_and_the_evaluation_view_by_turns_with_and_without_a_cache(
+    few, quick, monkeypatch, cache
+):
     seen, original = [], train.Views
 
-    def spy(photos, views, seed):
-        seen.append((photos.name, list(views)))
-        return original(photos, views, seed)
+    def spy(photos, views, seed, by_turns=False):
+        seen.append((photos.name, list(views), by_turns))
+        return original(photos, views, seed, by_turns)
 
     monkeypatch.setattr(train, "Views", spy)
     monkeypatch.setattr(train, "embed_in_order", cheap_trunk(train.embed_in_order))
     monkeypatch.setattr(train, "train_one_epoch", lambda *args: (1.0, 0.5))
-    script_accuracies(monkeypatch, *[0.5] * 4)
-    go("--epochs", 2, "--finetune-epochs", 2, "--views", 4, *cache)
-    fresh = [views for name, views in seen if name == "train.txt"][-2:]
-    assert fresh == [[4], [5]]
+    script_accuracies(monkeypatch, *[0.5] * 5)
+    go("--epochs", 2, "--finetune-epochs", 3, "--views", 4, *cache)
+    mixed = [(views, by_turns) for name, views, by_turns in seen if name == "train.txt"][-3:]
+    assert mixed == [([0, 4], True), ([5, 0], True), ([0, 6], True)]
+
+
+def test_by_turns_each_image_comes_in_one_of_the_views(few):
+    photos, _ = train.read_list(Path("train.txt"), Path())
+    mixed, all_views = train.Views(photos, [0, 4], 1, by_turns=True), train.Views(photos, [0, 4], 1)
+    for index in range(len(photos)):
+        assert torch.equal(mixed[index][1], all_views[index][1][index % 2 : index % 2 + 1])
 
 
 @pytest.mark.parametrize("split", [(), ("--val-split", 0.5)])

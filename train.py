@@ -60,10 +60,10 @@ CHECKPOINT_BYTES = 100_000_000  # a ResNet-18 twice: the old file and the new on
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit for decompression bombs
 MAX_CLASSES = 100_000  # beyond this a label is a slip of the pen, and its head would not fit
 SHOWN_PROBLEMS = 10
-# On a CPU the activations of 8 views just fit the second-level cache.
+# On a CPU, of 4 to 32 views at a time, 8 pass fastest (measured, one thread): more than that outgrow its caches.
 PASS_BATCH = {"cpu": 8, "cuda": 256, "mps": 64}
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # MPO opens as JPEG
-READING_VERSION = 1  # of how `read_photo` and `draw_views` make pixels: raise it and no cached feature is used
+READING_VERSION = 2  # of how images become numbers, up to `embed`: raise it and no cached feature is used
 CHUNK_ROWS = 1024  # images a file of the cache: what a killed pass may lose
 UNFROZEN_FROM = {"layer4": 7, "layer3": 6, "all": 0}  # places among resnet18's children
 UPRIGHT = {  # EXIF orientation: what turns the stored pixels upright (EXIF 2.32, tag 0x0112)
@@ -1245,7 +1245,7 @@ def fine_tune(
             # Cloned outside inference mode, so that it can take part in a graph.
             yield values.clone().to(device), views.photos.labels[indices].to(device)
 
-    def fresh_batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def train_batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = rows[torch.randperm(len(rows), generator=shuffle)]
         even = order[: len(order) - len(order) % world_size()]  # ranks must make the same number of steps
         views = [len(train.views) + epoch - epochs.start, 0][:: -1 if epoch % 2 else 1]
@@ -1253,7 +1253,7 @@ def fine_tune(
         return inputs_of(mixed, even[my_rank() :: world_size()].tolist())
 
     judged = list(inputs_of(Views(judge, [0], train.seed), my_share(len(judge))))  # the trunk runs on these once
-    train_epochs(network, optimizer, epochs, fresh_batches, lambda: judged, history)
+    train_epochs(network, optimizer, epochs, train_batches, lambda: judged, history)
 
 
 class History:

@@ -1,8 +1,8 @@
 """Measure train.py and predict.py against the tutorial's plain loop and against the backbone's own speed.
 
-    python tests/benchmark.py                      # all rows but accuracy, about 15 minutes on 2 cores
-    python tests/benchmark.py --only accuracy      # 3 seeds of 20 plain epochs each: about half an hour
-    python tests/benchmark.py views                # what the head should train on: a table of its own
+    python tests/benchmark.py                        # all rows but the next two: about a quarter of an hour on 2 cores
+    python tests/benchmark.py --only accuracy gain   # 3 seeds of 20 plain epochs each: about half an hour
+    python tests/benchmark.py views                  # what the head should train on: a table of its own
 
 What is compared alternates within one run; medians are quoted. The plain loop runs --plain-epochs epochs and is
 scaled to 20, since its epochs cost the same.

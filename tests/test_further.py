@@ -620,10 +620,10 @@ def test_ranks_share_all_rows_in_order_in_equal_slices(count, world):
 
 def torchrun(script, *args, ranks=2, restarts=0):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    command += ["--max-restarts", restarts, script, *args]
+    command = list(map(str, [*command, "--max-restarts", restarts, script, *args]))
     # As README says: without the last one a restarted rank may be told a dead one's address.
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return subprocess.run(list(map(str, command)), env=os.environ | environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
 
 
 def feature_rows(folder):

@@ -100,6 +100,13 @@ def reason_of(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
+def open_regular(path: str | bytes | os.PathLike) -> io.BufferedReader:
+    """Open a regular file to read its bytes; a FIFO would wait for a writer. Raises OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return open(path, "rb")
+
+
 def warn(text: str) -> None:
     if my_rank() == 0:
         print(f"warning: {text}", file=sys.stderr, flush=True)
@@ -342,9 +349,7 @@ def split_validation(photos: Photos, share: float, seed: int) -> tuple[Photos, P
 def read_photo(path: str | bytes | os.PathLike) -> Image.Image:
     """Decode one image to upright RGB, large JPEGs at reduced scale. Raises PhotoError with the reason."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise PhotoError("not a regular file")
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return decode_photo(file)
     except OSError as error:
         raise PhotoError(reason_of(error)) from None
@@ -860,9 +865,7 @@ def load_untrusted(path: Path, mmap: bool = False) -> object:
     """What torch.save wrote: tensors and plain values. Raises UserError where it is damaged or holds more."""
     name = shown(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for a writer
-            raise UserError(f"{name}: not a regular file; name a file of weights")
-        file = open(path, "rb")
+        file = open_regular(path)
     except OSError as error:
         raise UserError(f"{name}: {reason_of(error)}; name a file of weights") from None
     try:
@@ -1248,8 +1251,8 @@ def fine_tune(
     def train_batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = rows[torch.randperm(len(rows), generator=shuffle)]
         even = order[: len(order) - len(order) % world_size()]  # ranks must make the same number of steps
-        views = [len(train.views) + epoch - epochs.start, 0][:: -1 if epoch % 2 else 1]
-        mixed = Views(train.photos, views, train.seed, by_turns=True)
+        fresh = len(train.views) + epoch - epochs.start
+        mixed = Views(train.photos, (0, fresh) if epoch % 2 else (fresh, 0), train.seed, by_turns=True)
         return inputs_of(mixed, even[my_rank() :: world_size()].tolist())
 
     judged = list(inputs_of(Views(judge, [0], train.seed), my_share(len(judge))))  # the trunk runs on these once

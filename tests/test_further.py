@@ -659,12 +659,14 @@ def test_two_ranks_one_of_which_dies_once_give_the_features_and_the_head_of_one_
     done = torchrun("die.py", "--weights", "none", "--workers", 0, *options, "--cache", "two", restarts=1)
     assert done.returncode == 0, done.stderr
     assert same(expected, weights_of()) and rows == rows_of() and feature_rows("one") == feature_rows("two")
+    assert len(chunks_in("two")) == 2 * 2 + (1 + 1) + 2 * 3  # of both ranks: 8 training, 3 validation, 12 test images
     # Rank 1 had kept 2 of its 4 training images; of the others each rank has its slice.
     decoded = Path("decoded1").read_text().splitlines()
     assert ["train" in path for path in decoded] == [True] * 3 + [False] * 6
     # Rank 0 alone prints: the same lines, each once, after those of the first attempt.
     timeless = lambda text: re.sub(r"in [\d.]+ s$", "", text, flags=re.MULTILINE)  # noqa: E731
     assert timeless(done.stdout).endswith(timeless(out)) and done.stdout.count("saved  ") == 1
+    assert "Traceback" not in done.stderr and "warning: " not in done.stderr
 
 
 # Fine-tuning with scripted accuracies; a rank notes its weights of each step, and after the fifth rank 1 dies.

@@ -110,9 +110,8 @@ def test_bfloat16_features_are_within_a_percent_of_float32_and_as_often_right(sa
     for dtype in (torch.float32, torch.bfloat16):
         how = {"device": torch.device("cpu"), "dtype": dtype}
         backbone = train.frozen(train.backbone_of(model), **how)
-        features[dtype] = train.extract_features(backbone, train.Views(test, [0], 0), workers=2, **how)[0].chunks[0][
-            :, 0
-        ]
+        found, _ = train.extract_features(backbone, train.Views(test, [0], 0), workers=2, **how)
+        features[dtype] = found.chunks[0][:, 0]
     exact, fast = features.values()
     errors = (fast - exact).norm(dim=1) / exact.norm(dim=1)
     assert 0 < errors.max() < 0.01

@@ -1307,11 +1307,15 @@ REFUSED = {
         lambda: pickled(tiny_resnet18(bn1__bias=torch.zeros(64, device="meta"))),
         MISFIT.format("bn1.bias is no plain tensor"),
     ),
+    # torch refuses to load these from 2.15 on, earlier ones leave it to the check of shapes: either is right.
     "a nested tensor": (
         lambda: pickled(tiny_resnet18(bn1__bias=nested_tensor())),
-        MISFIT.format("bn1.bias is no plain tensor"),
+        f"({CODE}|{MISFIT.format('bn1.bias is no plain tensor')})",
     ),
-    "a nested tensor for a head": (lambda: pickled(tiny_resnet18(fc__weight=nested_tensor())), MISFIT.format("fc.*")),
+    "a nested tensor for a head": (
+        lambda: pickled(tiny_resnet18(fc__weight=nested_tensor())),
+        f"({CODE}|{MISFIT.format('fc.*')})",
+    ),
     "attributes for methods": (
         lambda: pickled(tiny_resnet18(conv1__weight=attributed())),
         MISFIT.format("conv1.weight is no plain tensor"),

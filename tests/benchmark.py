@@ -96,15 +96,16 @@ def pass_rates(folder: str, count: str) -> None:
     import torch
 
     import train
+    from transfer.backbone import PASS_BATCH
+    from transfer.features import extract_features
+    from transfer.lists import ImageList
 
     paths = sorted(os.fsencode(path) for path in Path(folder).rglob("*.jpg"))[: int(count)]
-    photos = train.Photos("bench", paths, [0] * len(paths), range(len(paths)))
-    device = train.pick_device("auto")
-    dtype = train.pick_precision("auto", device)
-    backbone = train.frozen(train.backbone_of(train.build_model(20, train.load_backbone(WEIGHTS), 0)), device, dtype)
-    batch = train.PASS_BATCH[device.type]
-    ready = torch.randn(batch, 3, 224, 224, device=device).to(dtype, memory_format=torch.channels_last)
-    how = {"device": device, "dtype": dtype, "workers": train.cores_of_rank()}
+    listed = ImageList("bench", paths, [0] * len(paths), range(len(paths)))
+    compute, backbone = bundled_backbone()
+    batch = PASS_BATCH[compute.device.type]
+    ready = torch.randn(batch, 3, 224, 224, device=compute.device)
+    ready = ready.to(compute.dtype, memory_format=torch.channels_last)
     found = {"ready": [], "pass": [], "evaluation": []}
     for _ in range(3):
         with torch.inference_mode():
@@ -116,21 +117,34 @@ def pass_rates(folder: str, count: str) -> None:
         found["ready"].append(rounds * batch / (time.perf_counter() - began))
         for name, views in (("pass", range(4)), ("evaluation", [0])):
             began = time.perf_counter()
-            train.extract_features(backbone, train.Views(photos, views, 0), **how)
+            extract_features(backbone, train.Views(listed, views, 0), compute=compute)
             found[name].append(len(paths) * len(views) / (time.perf_counter() - began))
     print(json.dumps({name: statistics.median(values) for name, values in found.items()}))
 
 
+def bundled_backbone() -> tuple:
+    """Where train.py would compute here, and the bundled backbone ready for it."""
+    import train
+    from transfer.backbone import backbone_of, inference_copy
+    from transfer.checkpoint import load_backbone
+    from transfer.device import Compute, pick_device, pick_precision
+    from transfer.distributed import cores_of_rank
+
+    device = pick_device("auto")
+    compute = Compute(device, pick_precision("auto", device), cores_of_rank())
+    return compute, inference_copy(backbone_of(train.build_model(20, load_backbone(WEIGHTS), 0)), compute)
+
+
 def parse_list(path: str) -> None:
     """Seconds to parse and check a list, and bytes kept a line."""
-    import train
+    from transfer.lists import read_list
 
     began = time.perf_counter()
-    photos, problems = train.read_list(Path(path), Path())
+    listed, problems = read_list(Path(path), Path())
     seconds = time.perf_counter() - began
-    kept = sum(each.nbytes for each in (photos.text, photos.ends, photos.labels, photos.lines))
+    kept = sum(each.nbytes for each in (listed.text, listed.ends, listed.labels, listed.lines))
     print(
-        json.dumps({"seconds": seconds, "bytes": kept / len(photos), "lines": len(photos), "problems": len(problems)})
+        json.dumps({"seconds": seconds, "bytes": kept / len(listed), "lines": len(listed), "problems": len(problems)})
     )
 
 
@@ -247,17 +261,16 @@ def row_gain(folder: Path, args) -> tuple:
 
 def compare_views() -> None:
     """Best test accuracy, mean and spread of 5 head seeds, by the views that the head trains on."""
-    import torch
-
     import train
+    from transfer.features import Features, extract_features
+    from transfer.lists import read_list
 
-    test, train_list = (train.read_list(ROOT / f"{name}.txt", ROOT)[0] for name in ("test", "train"))
-    device = train.pick_device("auto")
-    how = {"device": device, "dtype": train.pick_precision("auto", device), "workers": train.cores_of_rank()}
-    model = train.build_model(20, train.load_backbone(WEIGHTS), 0)
-    backbone = train.frozen(train.backbone_of(model), device, how["dtype"])
-    features = train.extract_features(backbone, train.Views(train_list, range(21), 0), **how)[0].chunks[0]
-    judge = train.extract_features(backbone, train.Views(test, [0], 0), **how)[0]
+    compute, backbone = bundled_backbone()
+    found = {}
+    for name, views in (("train", range(21)), ("test", [0])):
+        listed, _ = read_list(ROOT / f"{name}.txt", ROOT)
+        found[name] = extract_features(backbone, train.Views(listed, views, 0), compute=compute)
+    features, labels = found["train"].chunks[0], found["train"].labels
     kept = {f"{n} random": range(1, n + 1) for n in (1, 2, 4, 20)}
     kept |= {"the evaluation view": range(1), "the evaluation view and 3 random (the default)": range(4)}
     print("| views the head trains on | best test accuracy |\n|---|---|")
@@ -265,11 +278,10 @@ def compare_views() -> None:
         best = []
         for seed in range(5):
             head = train.build_model(20, None, seed).fc
-            chosen = train.Features([features[:, list(views)]], len(train_list))
+            chosen = Features([features[:, list(views)]], len(labels), labels)
             history = Best()
-            rows = torch.arange(len(train_list))
             options = {"epochs": EPOCHS, "lr": 0.005, "batch_size": 64, "seed": seed, "history": history}
-            train.train_head(head, train_list, rows, test, chosen, judge, **options)
+            train.train_head(head, chosen, found["test"], **options)
             best.append(100 * history.best)
         print(f"| {name} | {statistics.mean(best):.1f} ± {statistics.stdev(best):.1f} % |", flush=True)
 
@@ -279,8 +291,8 @@ class Best:
 
     best = 0.0
 
-    def add(self, epoch: int, trained: tuple, judged: tuple, lr: float) -> None:
-        self.best = max(self.best, judged[1])
+    def add(self, epoch: int, trained: tuple, val: tuple, lr: float) -> None:
+        self.best = max(self.best, val[1])
 
 
 def row_one_photo(folder: Path, args) -> tuple:
@@ -387,16 +399,14 @@ def describe_machine() -> str:
     import torch
     import torchvision
 
-    import train
-
-    device = train.pick_device("auto")
+    compute, _ = bundled_backbone()
     cpu = next(
         (line.split(": ")[1] for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
     )
-    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu.strip()
+    name = torch.cuda.get_device_name() if compute.device.type == "cuda" else cpu.strip()
     return (
-        f"{name}, {train.cores_of_rank()} cores, {torch.get_num_threads()} threads, "
-        f"{train.pick_precision('auto', device)}; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{name}, {compute.workers} cores, {torch.get_num_threads()} threads, {compute.dtype}; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, Pillow {PIL.__version__}"
     )
 

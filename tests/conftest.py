@@ -1,18 +1,32 @@
 """What the tests share: the scripts as a user runs them, synthetic images, and one real run on the sample photos."""
 
 import contextlib
+import csv
+import functools
 import io
 import os
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torchvision import transforms as T
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import predict  # noqa: E402
+import train  # noqa: E402
+from transfer.device import Compute  # noqa: E402
+from transfer.features import extract_features  # noqa: E402
+from transfer.images import read_image  # noqa: E402
+from transfer.lists import read_list  # noqa: E402
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
 
@@ -62,7 +76,7 @@ def offline(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "torch"))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one_thread():
     """For tiny tensors, or where other work shares the cores, a second thread only waits for the first."""
     threads = torch.get_num_threads()
@@ -98,3 +112,197 @@ def small_run(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     return folder
+
+
+BUNDLED = ROOT / "food" / "resnet18-grocery.pth"
+PLAIN = ("--weights", "none", "--workers", 0, "--epochs", 1)
+
+
+class SmallNetwork(nn.Module):
+    """Stands in for ResNet-18 where the test is not about the network: 512 features and a head, in 0.1 MB."""
+
+    def __init__(self, num_classes=1000):
+        super().__init__()
+        self.conv1, self.avgpool = nn.Conv2d(3, 512, 4, stride=32), nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(512, num_classes)
+
+
+@pytest.fixture
+def job(colours, monkeypatch):
+    """In a folder with lists of solid colours: what train.py makes of more arguments, with a small network."""
+    monkeypatch.setattr(train, "resnet18", SmallNetwork)
+    monkeypatch.setattr("transfer.checkpoint.resnet18", SmallNetwork)
+    return lambda *args: run_main(train.main, *PLAIN, *args)
+
+
+@pytest.fixture
+def trained(job):
+    """The same after one run: best.pth is there."""
+    assert job()[0] == 0
+    return job
+
+
+def put(name, image, **options):
+    image.save(name, **options)
+    return name
+
+
+def add_line(name, line):
+    with open(name, "ab") as file:
+        file.write(line if isinstance(line, bytes) else line.encode())
+
+
+def growth(work):
+    """Bytes of memory that some work takes at its peak, in a process of its own; it must end well."""
+    import fuzz
+
+    ours, theirs = os.pipe()
+
+    def measure():
+        before = fuzz.peak()
+        work()
+        os.write(theirs, b"%d" % (fuzz.peak() - before))
+
+    pid = fuzz.forked(measure)
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as pipe:
+        said = pipe.read()
+    os.waitpid(pid, 0)
+    assert said, "the work failed"
+    return int(said)
+
+
+def patched(content, at, new):
+    return content[:at] + new + content[at + len(new) :]
+
+
+def make_unreadable(kind, monkeypatch):
+    if kind == "directory":
+        os.mkdir("odd.png")
+    elif kind == "link loop":
+        os.symlink("odd.png", "odd.png")
+    elif kind == "no permission":
+        put("odd.png", Image.new("RGB", (1, 1)))
+        os.chmod("odd.png", 0)
+        access = os.access  # which lets the superuser read everything
+        monkeypatch.setattr(os, "access", lambda path, mode: os.fsdecode(path) != "odd.png" and access(path, mode))
+
+
+def try_seeds(kind, count):
+    import fuzz
+
+    before = fuzz.peak()
+    for seed in range(count):
+        try:
+            fuzz.try_seed(kind, seed)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+    assert fuzz.peak() - before < fuzz.MEMORY
+
+
+VIEWS = {name: getattr(train, name) for name in ("EVALUATION_VIEW", "RESIZE_TRAINING", "TRAINING_VIEW")}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Views of 64 pixels instead of 224, one thread and no waiting for the disk: nothing here depends on these."""
+    steps = [T.CenterCrop(64) if isinstance(step, T.CenterCrop) else step for step in train.TRAINING_VIEW.transforms]
+    monkeypatch.setattr(train, "EVALUATION_VIEW", T.Resize((64, 64)))
+    monkeypatch.setattr(train, "RESIZE_TRAINING", T.Resize((86, 86)))
+    monkeypatch.setattr(train, "TRAINING_VIEW", T.Compose(steps))
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture
+def full_size(tiny, monkeypatch):
+    """The views as they are: for tests that compare with a process of its own."""
+    for name, view in VIEWS.items():
+        monkeypatch.setattr(train, name, view)
+
+
+@pytest.fixture
+def few(tmp_path, monkeypatch):
+    """A working directory with two solid-colour images a class and list."""
+    make_photos(tmp_path, per_class=2)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Features that are the pixels at low resolution: for tests in which the network's own arithmetic plays no part."""
+
+    def embed(module, views, compute):
+        return F.adaptive_avg_pool2d(views.permute(0, 3, 1, 2) / 255, (13, 14)).flatten(1)[:, :512]
+
+    monkeypatch.setattr("transfer.backbone.embed", embed)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How often each image is decoded, by its file name."""
+    counts, original = Counter(), read_image
+
+    def read_photo(path):
+        counts[os.path.basename(os.fsdecode(path))] += 1
+        return original(path)
+
+    monkeypatch.setattr(train, "read_image", read_photo)
+    return counts
+
+
+def go(*args, weights="none"):
+    """A run of train.py that must succeed: its stdout."""
+    status, out, err = run_main(train.main, "--weights", weights, "--workers", 0, *args)
+    assert status == 0, err
+    return out
+
+
+def weights_of(path="best.pth"):
+    return torch.load(path, weights_only=True)
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def rows_of(path="best.csv"):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def chunks_in(folder):
+    return sorted(Path(folder).glob("*.pt"))
+
+
+def plain_backbone():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+
+@pytest.fixture
+def extract(few, quick, monkeypatch):
+    """A function that extracts two views of the training images in two cached chunks of three."""
+    monkeypatch.setattr("transfer.features.CHUNK_ROWS", 3)
+    photos, _ = read_list(Path("train.txt"), Path())
+    how = {"compute": Compute(torch.device("cpu"), torch.float32), "cache": Path()}
+    return lambda **options: extract_features(plain_backbone(), train.Views(photos, [0, 1], 0), **how, **options)
+
+
+LOAD = predict.load
+load_once = functools.cache(LOAD)
+
+
+@pytest.fixture
+def model(small_run, tmp_path, monkeypatch):
+    """A working directory with a best.pth that tells red, green and blue apart, and one image of each.
+
+    Loaded once, since it is always the same file.
+    """
+    monkeypatch.chdir(tmp_path)
+    os.link(small_run / "best.pth", "best.pth")
+    for colour in ("red", "green", "blue"):
+        shutil.copy(small_run / colour / "test_0.png", f"{colour}.png")
+    loaded = load_once("best.pth", "cpu")
+    monkeypatch.setattr(predict, "load", lambda path, *how: loaded if str(path) == "best.pth" else LOAD(path, *how))
+    return loaded

@@ -32,6 +32,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import conftest  # noqa: E402
 
 import train  # noqa: E402
+import transfer.backbone  # noqa: E402
+from transfer.checkpoint import ABOUT, check_resnet18, is_about, load_checkpoint, load_state  # noqa: E402
+from transfer.console import UserError  # noqa: E402
+from transfer.images import ImageError, read_image  # noqa: E402
+from transfer.lists import read_lists  # noqa: E402
 
 HANG, MEMORY = 30, 1 << 30  # seconds an input, and bytes above start-up
 NUMBERS = (0, 1, 0x7F7F7F7F, 0x80, 2**15, 2**31, 2**32 - 1)
@@ -104,8 +109,8 @@ def with_right_checksums(png: bytes) -> bytes:
 def images() -> tuple:
     def check(content: bytes) -> None:
         Path("photo").write_bytes(content)
-        with contextlib.suppress(train.PhotoError):
-            photo = train.read_photo("photo")
+        with contextlib.suppress(ImageError):
+            photo = read_image("photo")
             assert photo.mode == "RGB" and len(photo.tobytes()) == 3 * photo.width * photo.height
 
     return image_files(), EDGES, check
@@ -119,8 +124,8 @@ def lists() -> tuple:
 
     def check(content: bytes) -> None:
         Path("list.txt").write_bytes(content)
-        with contextlib.suppress(train.UserError), contextlib.redirect_stderr(io.StringIO()):
-            photos, _ = train.read_lists(Path("list.txt"), Path("plain.txt"), Path())
+        with contextlib.suppress(UserError), contextlib.redirect_stderr(io.StringIO()):
+            photos, _ = read_lists(Path("list.txt"), Path("plain.txt"), Path())
             written = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
             for path, label, line in zip(photos.paths(), photos.labels.tolist(), photos.lines.tolist(), strict=True):
                 listed, number = written[line - 1].rsplit(None, 1)
@@ -132,9 +137,9 @@ def lists() -> tuple:
 def checkpoints() -> tuple:
     torch.manual_seed(0)
     state = OrderedDict({f"layer.{n}": torch.randn(n + 1, 3) for n in range(4)} | {"count": torch.tensor(7)})
-    state._metadata = OrderedDict({train.ABOUT: {"format": 1, "classes": ["a", "b"], "accuracy": 0.5}})
+    state._metadata = OrderedDict({ABOUT: {"format": 1, "classes": ["a", "b"], "accuracy": 0.5}})
     torch.save(state, "weights.pth")
-    sound, (saved, said) = Path("weights.pth").read_bytes(), train.load_state(Path("weights.pth"))
+    sound, (saved, said) = Path("weights.pth").read_bytes(), load_state(Path("weights.pth"))
     with zipfile.ZipFile("weights.pth") as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
 
@@ -145,12 +150,12 @@ def checkpoints() -> tuple:
             with zipfile.ZipFile("weights.pth", "w") as archive:
                 for name, member in members.items():
                     archive.writestr(name, content if name.endswith("data.pkl") else member)
-        with contextlib.suppress(train.UserError):
-            state, about = train.load_state(Path("weights.pth"))
+        with contextlib.suppress(UserError):
+            state, about = load_state(Path("weights.pth"))
             same = state.keys() == saved.keys() and all(torch.equal(state[key], saved[key]) for key in state)
             assert forged or (same and about == said), "altered weights were accepted"
-            train.is_about(about, 2)
-            train.check_resnet18(state, Path("weights.pth"))
+            is_about(about, 2)
+            check_resnet18(state, Path("weights.pth"))
 
     return [sound, sound, sound, members["weights/data.pkl"]], PICKLE_TOKENS, check
 
@@ -168,7 +173,7 @@ def kills() -> tuple:
         time.sleep(random.Random(content).uniform(0, 0.3))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        assert train.load_checkpoint(Path("best.pth"))[1]["classes"] == list(conftest.COLOURS)
+        assert load_checkpoint(Path("best.pth"))[1]["classes"] == list(conftest.COLOURS)
 
     return [b"any"], EDGES, check
 
@@ -202,7 +207,7 @@ def save_every_epoch() -> None:
     """Training that saves a whole ResNet-18 in each of endless epochs."""
     scores = itertools.count()
     train.evaluate = lambda *_, **__: (0.5, float(next(scores)))
-    train.embed = lambda module, views, *_, **__: views.flatten(1)[:, :512].float()
+    transfer.backbone.embed = lambda module, views, *_, **__: views.flatten(1)[:, :512].float()
     torch.nn.init.kaiming_normal_ = lambda tensor, **_: tensor
     os.fsync = lambda _: None  # it guards against a power cut; the page cache outlives the process
     train.main(["--weights", "none", "--workers", "0", "--epochs", "1000000"])

@@ -1,10 +1,11 @@
-"""One HTML file that shows what a classifier gets right and wrong; predict.py calls `write_report`.
+"""The report: one HTML file that shows what a classifier gets right and wrong, for predict.py.
 
 Everything is inline, style, charts and thumbnails, and there is no script: the page
 opens by a double click, asks nothing of any network, and prints.
 """
 
 import base64
+import csv
 import html
 import io
 import math
@@ -16,7 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from train import PhotoError, read_photo, shown
+from transfer.console import UserError, reason_of, shown
+from transfer.images import ImageError, read_image
+from transfer.scores import NONE, Scores, percent
 
 MISTAKES, HITS = 24, 12  # images shown of each
 THUMBNAIL = 112  # pixels of the longer side
@@ -28,101 +31,8 @@ LEFT, TOP, RIGHT, BOTTOM = 44, 38, 400, 230  # of a chart's plot
 CELLS = ((24, 34, 12), (60, 23, 11), (math.inf, 15, 9.5))  # matrix: classes up to, cell and letter size in pixels
 NAME_WIDTH = 22  # letters of a class name beside the matrix
 PRINT_WIDTH = 660  # pixels of A4 between its margins
-NONE = "–"
-
-STYLE = """
-:root { --paper: #fff; --ink: #1a1c20; --soft: #5a616c; --rule: #e2e5e9; --wash: #f4f5f7;
-  --blue: #0072b2; --orange: #d55e00; --deep: #003a70; color-scheme: light }
-@media screen and (prefers-color-scheme: dark) { :root { --paper: #131519; --ink: #e8eaed; --soft: #a1a8b3;
-  --rule: #2d3138; --wash: #1c1f25; --blue: #56b4e9; --orange: #e69f00; --deep: #86caf7; color-scheme: dark } }
-* { box-sizing: border-box }
-html { -webkit-text-size-adjust: 100% }
-body { margin: 0 auto; max-width: 1088px; padding: 72px 24px 96px; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-  font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
-h1 { margin: 0; font-size: clamp(28px, 5vw, 40px); line-height: 1.15; font-weight: 650; letter-spacing: -.02em }
-h2 { margin: 0 0 8px; font-size: 23px; line-height: 1.25; font-weight: 650; letter-spacing: -.01em }
-h3 { margin: 0; font-size: 15px; font-weight: 600 }
-p { margin: 0 0 12px; max-width: 68ch } section > p, figcaption, .lede { color: var(--soft) }
-section { margin-top: 80px; padding-top: 28px; border-top: 1px solid var(--rule) }
-.eyebrow { margin: 0 0 10px; font-size: 13px; color: var(--soft); letter-spacing: .09em; text-transform: uppercase }
-.lede { margin: 10px 0 0; font-size: 18px }
-.stats { display: grid; grid-template-columns: 1.5fr 1fr 1fr; gap: 32px 56px; align-items: end; margin: 52px 0 24px }
-.stats p { margin: 0; font-size: 14px; color: var(--soft) } .stats .name { color: var(--ink); font-weight: 600 }
-.big { display: block; font-size: 36px; line-height: 1.1; font-weight: 600; letter-spacing: -.03em; margin: 4px 0 10px }
-#accuracy { display: block; font-size: clamp(60px, 9vw, 92px); line-height: 1; font-weight: 650;
-  letter-spacing: -.045em; margin: 6px 0 12px -.04em }
-.stats svg { display: block; width: 100%; height: 12px; margin-bottom: 8px }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(218px, 1fr)); gap: 18px 28px; margin: 28px 0 0 }
-dt { font-size: 13px; color: var(--soft) } dd { margin: 0 }
-dl.recipe { grid-template-columns: repeat(auto-fill, minmax(104px, auto)); gap: 12px 28px; font-size: 14px }
-dl.recipe dd, .path { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 36px 64px;
-  margin-top: 28px }
-figure { margin: 0 } figure svg { display: block; width: 100%; max-width: 500px; height: auto; margin-top: 6px }
-figcaption { font-size: 14px; margin-top: 6px }
-.key { display: flex; flex-wrap: wrap; gap: 4px 26px; margin: 18px 0 0; font-size: 14px; color: var(--ink) }
-.key i { display: inline-block; width: 24px; margin-right: 8px; vertical-align: middle; border-top: 3px solid }
-.key i.box { width: 12px; border-top-width: 12px } .key i.dash { border-top-style: dashed }
-.key .blue { border-color: var(--blue) } .key .orange { border-color: var(--orange) }
-.key .drop { border-top: 1.5px dotted var(--soft) }
-svg text { fill: var(--soft); font-size: 13px } svg .ink { fill: var(--ink); font-weight: 600 }
-.end { text-anchor: end } .mid { text-anchor: middle }
-.grid { stroke: var(--rule) } .axis { stroke: var(--soft) } .drop { stroke: var(--soft); stroke-dasharray: 1.5 3.5 }
-.line { fill: none; stroke-width: 2.5; stroke-linecap: round; stroke-linejoin: round }
-.line.blue { stroke: var(--blue) } .line.orange { stroke: var(--orange) } .dash { stroke-dasharray: 1 5 }
-rect.blue, circle.blue { fill: var(--blue) } rect.orange { fill: var(--orange) } .few { fill-opacity: .35 }
-.ring { fill: var(--paper); stroke: var(--orange); stroke-width: 2.5 } .ideal { stroke: var(--ink);
-  stroke-width: 1.5; stroke-dasharray: 5 4 } .track { fill: var(--rule) } .span { fill: var(--blue); opacity: .38 }
-.scroll { overflow: auto; margin-top: 24px; max-width: 100% }
-.tall { max-height: 86vh; border: 1px solid var(--rule); border-width: 1px 0 }
-.matrix { display: grid; grid-template-columns: max-content max-content; width: max-content }
-.matrix > * { display: block; background: var(--paper) } .matrix .rows { position: sticky; left: 0; z-index: 1 }
-.matrix .columns { position: sticky; top: 0; z-index: 2 } .matrix text { font-size: inherit; fill: var(--ink) }
-.corner { position: sticky; left: 0; top: 0; z-index: 3; padding: 0 10px 8px 0; align-self: stretch; display: flex;
-  flex-direction: column; justify-content: end; text-align: right; font-size: 12px; line-height: 1.3;
-  color: var(--soft) }
-.cell { fill: var(--deep) } .matrix .on { fill: var(--paper) } .frame { fill: none; stroke: var(--rule) }
-.matrix .count { font-weight: 600 } g:hover > .cell { stroke: var(--orange); stroke-width: 2 }
-table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 15px }
-th { position: sticky; top: 0; z-index: 1; background: var(--paper); padding: 8px 12px; font-size: 13px;
-  font-weight: 400; color: var(--soft); text-align: right; white-space: nowrap; vertical-align: bottom }
-td { padding: 7px 12px; border-top: 1px solid var(--rule); text-align: right; white-space: nowrap }
-th:first-child, td:first-child { position: sticky; left: 0; padding-left: 0; background: var(--paper);
-  text-align: left }
-td:first-child, td:last-child { max-width: 250px; overflow: hidden; text-overflow: ellipsis }
-th:last-child, td:last-child { text-align: left; padding-left: 28px }
-th:first-child { z-index: 2 } td:last-child { color: var(--soft) }
-td.bar { width: 28%; min-width: 52px; padding-right: 0 } .bar span { display: block; height: 10px }
-.bar span, .guess > i { background: linear-gradient(var(--fill, var(--blue)) 0 0) 0 0 / var(--share) 100% no-repeat
-  var(--rule); border-radius: 2px; print-color-adjust: exact; -webkit-print-color-adjust: exact }
-h3.shelf { margin: 40px 0 4px; font-size: 17px }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 310px), 1fr)); gap: 32px 40px;
-  margin: 22px 0 0; padding: 0; list-style: none }
-.card { display: grid; grid-template-columns: 112px 1fr; gap: 0 16px; align-content: start; font-size: 14px;
-  line-height: 1.35; min-width: 0; break-inside: avoid }
-.photo { grid-row: span 2; width: 112px; height: 112px; background: var(--wash); border-radius: 4px; display: grid;
-  place-items: center; overflow: hidden; font-size: 12px; color: var(--soft); text-align: center }
-.photo img { display: block } .card .true { margin: 0 0 7px; color: var(--soft) } .true b { color: var(--ink) }
-.guess { display: grid; grid-template-columns: 1fr auto; gap: 0 10px; margin-bottom: 6px; --fill: var(--soft) }
-.guess > i { grid-column: 1 / 3; height: 5px } .guess.right { --fill: var(--blue); font-weight: 600 }
-.guess.wrong { --fill: var(--orange) } .guess span:first-child { overflow: hidden; text-overflow: ellipsis;
-  white-space: nowrap }
-.path { grid-column: 1 / 3; margin: 8px 0 0; font-size: 12px; color: var(--soft) }
-footer { margin-top: 72px; font-size: 13px; color: var(--soft) }
-@media (max-width: 640px) { body { padding: 40px 20px 64px } section { margin-top: 56px } table { font-size: 14px }
-  .stats { grid-template-columns: 1fr 1fr; gap: 32px 28px; margin-top: 36px } .stats > :first-child { grid-column: 1/3 }
-  th, td { padding-left: 6px; padding-right: 6px }
-  td:first-child { max-width: 108px } dl { grid-template-columns: 1fr 1fr; gap: 16px 20px } }
-@media print { @page { margin: 16mm } body { max-width: none; padding: 0; font-size: 11pt }
-  section { margin-top: 28px; padding-top: 16px } figure, tr, header, .stats { break-inside: avoid }
-  p { break-inside: avoid } h2, h3, section > p { break-after: avoid }
-  section.whole { break-inside: avoid } svg { print-color-adjust: exact;
-  -webkit-print-color-adjust: exact } .scroll { overflow: visible; max-height: none } .matrix { zoom: var(--fit) }
-  .matrix *, th, th:first-child, td:first-child { position: static } .stats { grid-template-columns: 1.5fr 1fr 1fr }
-  .stats > :first-child { grid-column: auto }
-  dl { grid-template-columns: repeat(4, 1fr) } .pair, .cards { grid-template-columns: 1fr 1fr; gap: 20px 28px } }
-"""
+MOST_IN_MATRIX = 1000  # classes: a larger matrix is read by nobody
+STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 
 # Letters and numbers
@@ -136,10 +46,6 @@ def plain(value: object) -> str:
 def number(value: object, form: str) -> str:
     """A figure in a format, the plain value where it is no number."""
     return format(value, form) if isinstance(value, (int, float)) else plain(value)
-
-
-def percent(value: float) -> str:
-    return NONE if math.isnan(value) else f"{value:.1%}"
 
 
 def letters(text: str) -> int:
@@ -216,7 +122,7 @@ def interval_strip(value: float, interval: tuple[float, float]) -> str:
     return drawing(400, 12, label, body, ' preserveAspectRatio="none"')
 
 
-def headline(scores: object, ece: float) -> str:
+def headline(scores: Scores, ece: float) -> str:
     """The accuracy, large, beside top-3 accuracy and calibration error."""
     figures = (
         ("Accuracy", 'id="accuracy"', scores.accuracy, scores.accuracy_interval),
@@ -264,6 +170,15 @@ def facts(about: dict) -> str:
 
 
 # Learning curves
+
+
+def read_history(model: Path) -> list[dict[str, str]]:
+    """The rows of the CSV that training left beside a checkpoint; none where there is no such file."""
+    try:
+        with open(model.with_suffix(".csv"), newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return []
 
 
 def read_curves(curves: list[dict[str, str]]) -> dict[str, list[float]] | None:
@@ -363,15 +278,15 @@ def slanted_names(names: Sequence[str], cell: int, size: float, height: float) -
     return "".join(parts)
 
 
-def matrix_cells(confusion: Tensor, classes: Sequence[str], cell: int, size: float) -> str:
+def matrix_cells(scores: Scores, classes: Sequence[str], cell: int, size: float) -> str:
     """The cells that hold images, as dark as their share of the row; the pointer gets them in words."""
     side = cell * len(classes)
     parts = [f'<rect class="frame" x=".5" y=".5" width="{side - 1}" height="{side - 1}"/>']
     parts += [rule(0, index * cell, side, index * cell, "grid") for index in range(1, len(classes))]
-    totals = confusion.sum(1).tolist()
+    totals, hits = scores.images.tolist(), enumerate(scores.hits.tolist())
     names = [plain(name) for name in classes]
-    for row, column in confusion.nonzero().tolist():
-        count = int(confusion[row, column])
+    counts = {**{(label, label): count for label, count in hits if count}, **scores.mistakes}
+    for (row, column), count in sorted(counts.items()):
         share = count / totals[row]
         depth = 0.1 + 0.9 * share
         letter_size = min(size, 1.5 * cell / len(str(count)))
@@ -387,8 +302,10 @@ def matrix_cells(confusion: Tensor, classes: Sequence[str], cell: int, size: flo
     return "".join(parts)
 
 
-def confusion_matrix(confusion: Tensor, classes: list[str]) -> str:
+def confusion_matrix(scores: Scores, classes: list[str]) -> str:
     """A heat map whose cells have a fixed size; the page scrolls it, and its names stay in sight."""
+    if len(classes) > MOST_IN_MATRIX:
+        return f"<p>Not drawn of more than {MOST_IN_MATRIX:,} classes. {common_mistakes(scores, classes)}</p>"
     cell, size = next((cell, size) for most, cell, size in CELLS if len(classes) <= most)
     side = cell * len(classes)
     widest = max(letters(shortened(name)) for name in classes) * size * 0.62
@@ -404,29 +321,25 @@ def confusion_matrix(confusion: Tensor, classes: list[str]) -> str:
         return drawing(round(width), round(height), label, body, sized)
 
     fit = min(1, PRINT_WIDTH / (margin + side + slant))
-    right, total = int(confusion.diagonal().sum()), int(confusion.sum())
-    words = f"Confusion matrix of {len(classes)} classes: {right} of {total} images on the diagonal"
+    words = f"Confusion matrix of {len(classes)} classes: {scores.right} of {scores.count} images on the diagonal"
     parts = (
         '<div class="corner"><span>taken for →</span><span>true ↓</span></div>',
         part("columns", side + slant, slant, "Names of the columns", slanted_names(classes, cell, size, slant)),
         part("rows", margin, side, "Names of the rows", rows),
-        part("cells", side, side, words, matrix_cells(confusion, classes, cell, size)),
+        part("cells", side, side, words, matrix_cells(scores, classes, cell, size)),
     )
     matrix = f'<div class="matrix" style="--fit:{fit:.3f}">{"".join(parts)}</div>'
     return (
         "<p>A row is a true class, a column what its images were taken for; the darker, the larger the share of the "
-        f"row. {common_mistakes(confusion, classes)}</p>{scroller('Confusion matrix', matrix, len(classes))}"
+        f"row. {common_mistakes(scores, classes)}</p>{scroller('Confusion matrix', matrix, len(classes))}"
     )
 
 
-def common_mistakes(confusion: Tensor, classes: list[str]) -> str:
+def common_mistakes(scores: Scores, classes: list[str]) -> str:
     """The largest cells beside the diagonal, in words."""
-    wrong = confusion - confusion.diagonal().diag()
-    counts, places = wrong.flatten().topk(min(5, wrong.numel()))
     pairs = [
-        f"{plain(classes[place // len(classes)])} taken for {plain(classes[place % len(classes)])} ({count})"
-        for count, place in zip(counts.tolist(), places.tolist())
-        if count
+        f"{plain(classes[label])} taken for {plain(classes[guess])} ({count})"
+        for (label, guess), count in scores.mistakes.most_common(5)
     ]
     return f"Most frequent mistakes: {', '.join(pairs)}." if pairs else "No image was taken for another class."
 
@@ -434,21 +347,19 @@ def common_mistakes(confusion: Tensor, classes: list[str]) -> str:
 # Classes
 
 
-def class_table(scores: object, classes: list[str]) -> str:
+def class_table(scores: Scores, classes: list[str]) -> str:
     """One row a class, the worst recall first; classes without images come last."""
-    recall = scores.recall.tolist()
-    wrong = scores.confusion - scores.confusion.diagonal().diag()
-    most, column = (found.tolist() for found in wrong.max(1))
-    rows = []
-    for index in sorted(range(len(classes)), key=lambda c: (math.isnan(recall[c]), recall[c], classes[c])):
-        share = 0.0 if math.isnan(recall[index]) else recall[index]
-        taken = f"{plain(classes[column[index]])} ({most[index]})" if most[index] else NONE
-        figures = (recall[index], float(scores.precision[index]), float(scores.f1[index]))
-        found, exact, both = map(percent, figures)
-        name = plain(classes[index])
+    columns = [column.tolist() for column in (scores.recall, scores.precision, scores.f1)]
+    images, taken_for, rows = scores.images.tolist(), scores.taken_for(), []
+    for label in scores.worst_first():
+        share = 0.0 if math.isnan(columns[0][label]) else columns[0][label]
+        guess, times = taken_for.get(label, (None, 0))
+        taken = f"{plain(classes[guess])} ({times})" if times else NONE
+        found, exact, both = (percent(column[label]) for column in columns)
+        name = plain(classes[label])
         rows.append(
             f'<tr><td title="{name}">{name}</td><td class="bar"><span style="--share:{share:.1%}"></span></td>'
-            f"<td>{found}</td><td>{int(scores.images[index]):,}</td><td>{exact}</td><td>{both}</td><td>{taken}</td></tr>"
+            f"<td>{found}</td><td>{images[label]:,}</td><td>{exact}</td><td>{both}</td><td>{taken}</td></tr>"
         )
     heads = ("Class", "", "Recall", "Images", "Precision", "F1", "Most often taken for")
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
@@ -465,15 +376,15 @@ def class_table(scores: object, classes: list[str]) -> str:
 def thumbnail(path: bytes, alt: str) -> str:
     """The image in small, or a grey square that says why not."""
     try:
-        image = read_photo(path)
-    except PhotoError as error:
-        return f'<div class="photo" role="img" aria-label="{plain(error)}">can’t be read</div>'
+        image = read_image(path)
+    except ImageError as error:
+        return f'<div class="image" role="img" aria-label="{plain(error)}">can’t be read</div>'
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82)
     source = base64.b64encode(buffer.getvalue()).decode()
     size = f'width="{image.width}" height="{image.height}"'
-    return f'<div class="photo"><img src="data:image/jpeg;base64,{source}" {size} alt="{alt}"></div>'
+    return f'<div class="image"><img src="data:image/jpeg;base64,{source}" {size} alt="{alt}"></div>'
 
 
 def card(path: bytes, label: int, probs: Tensor, classes: list[str]) -> str:
@@ -567,7 +478,7 @@ def reliability_chart(count: Sequence[int], right: Sequence[int], confidence: Se
     return f"<figure><h3>Share right in each tenth</h3>{drawing(WIDTH, HEIGHT, label, ''.join(parts))}</figure>"
 
 
-def confidence_section(scores: object, labels: Tensor, probs: Tensor) -> str:
+def confidence_section(scores: Scores, labels: Tensor, probs: Tensor) -> str:
     """Both charts, and the expected calibration error in words."""
     count, right, means, ece = calibration(labels, probs)
     tenths, mean = (count.tolist(), right.tolist()), float(probs.max(1).values.mean())
@@ -608,36 +519,36 @@ def page(title: str, header: str, sections: Sequence[tuple[str, str, str]]) -> s
     )
 
 
-def write_report(
-    path: str | os.PathLike,
+def save_report(
+    path: Path,
     *,
     about: dict,
-    scores: object,
+    scores: Scores,
     classes: list[str],
-    paths: list[bytes],
-    labels: Tensor,
-    probs: Tensor,
-    curves: list[dict[str, str]],
-    model: str,
+    images: Sequence[tuple[bytes, int, Tensor]],
+    model: Path,
     list_name: str,
 ) -> None:
-    """Draw the report of a model on a list of N labelled images of C classes. Raises OSError.
+    """Draw the report of a model on a list of N labelled images of C classes. Raises UserError (status 1).
 
-    about: what the checkpoint says of itself; scores: confusion (C, C), accuracy, top3, their
-    intervals, and images, precision, recall, f1 (C,) each; labels: (N,); probs: (N, C) float32;
-    curves: the rows of the .csv beside the checkpoint, none where it isn't there.
+    about: what the checkpoint says of itself; images: path, label and probabilities (C,) of each.
     """
+    paths, labels, probs = zip(*images, strict=True)
+    labels, probs = torch.tensor(labels), torch.stack(probs)
     header = (
         f'<p class="eyebrow">Image classifier report</p><h1>{plain(model)}</h1><p class="lede">Tested on the '
         f"{len(labels):,} images of {plain(list_name)}, {len(classes):,} classes.</p>"
         f"{headline(scores, calibration(labels, probs)[-1])}{chosen_note(about, list_name)}{facts(about)}"
     )
     sections = (
-        ("Learning curves", learning_curves(curves), "whole"),
-        ("Confusion matrix", confusion_matrix(scores.confusion, classes), "whole"),
+        ("Learning curves", learning_curves(read_history(model)), "whole"),
+        ("Confusion matrix", confusion_matrix(scores, classes), "whole"),
         ("Classes", class_table(scores, classes), "whole"),
         ("Images", gallery(paths, labels, probs, classes), ""),
         ("Confidence", confidence_section(scores, labels, probs), "whole"),
     )
     text = page(f"{plain(model)}: {scores.accuracy:.2%} of {plain(list_name)}", header, sections)
-    Path(path).write_text(text, encoding="utf-8")
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--report {shown(path)}: {reason_of(error)}", status=1) from None

@@ -1,0 +1,172 @@
+"""The frozen backbone over images: its numbers, dead workers, small devices."""
+
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BUNDLED, ROOT, run_main, run_script
+from torch import nn
+from torchvision.models import resnet18
+
+import train
+from transfer.backbone import (
+    NORMALIZE,
+    PASS_BATCH,
+    backbone_of,
+    embed,
+    embed_in_order,
+    in_smaller_parts,
+    inference_copy,
+)
+from transfer.checkpoint import load_backbone, load_checkpoint
+from transfer.console import warn_once
+from transfer.device import Compute
+from transfer.features import extract_features
+from transfer.images import read_image
+from transfer.lists import ImageList, read_list
+
+CPU = Compute(torch.device("cpu"), torch.float32)
+
+
+def sample(name="train", count=12):
+    photos, problems = read_list(ROOT / f"{name}.txt", ROOT)
+    assert not problems
+    step = len(photos) // count
+    kept = range(0, step * count, step)
+    paths = photos.paths()
+    return ImageList(name, [paths[i] for i in kept], [int(photos.labels[i]) for i in kept], list(kept))
+
+
+def bundled_backbone():
+    return backbone_of(train.build_model(20, load_backbone(BUNDLED), seed=0))
+
+
+def test_the_backbone_gives_what_plain_torchvision_gives():
+    plain = resnet18()
+    plain.load_state_dict(torch.load(BUNDLED, weights_only=True), strict=False)
+    plain.fc = nn.Identity()
+    views = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
+    images = NORMALIZE(views.permute(0, 3, 1, 2) / 255)
+    with torch.inference_mode():
+        expected = plain.eval()(images)
+    assert torch.allclose(embed(bundled_backbone(), views, CPU), expected, atol=1e-4)
+
+
+def test_weights_cast_once_give_the_bits_of_autocast():
+    images = torch.randn(3, 3, 224, 224).to(memory_format=torch.channels_last)
+    cast = inference_copy(bundled_backbone(), Compute(torch.device("cpu"), torch.bfloat16))
+    with torch.inference_mode():
+        found = cast(images.to(torch.bfloat16))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(found, bundled_backbone()(images))
+
+
+def test_bfloat16_features_are_within_a_percent_of_float32_and_as_often_right(sample_run):
+    model, _ = load_checkpoint(sample_run[1])
+    test, _ = read_list(ROOT / "test.txt", ROOT)
+    features = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        compute = Compute(torch.device("cpu"), dtype, workers=2)
+        backbone = inference_copy(backbone_of(model), compute)
+        found = extract_features(backbone, train.Views(test, [0], 0), compute=compute)
+        features[dtype] = found.chunks[0][:, 0]
+    exact, fast = features.values()
+    errors = (fast - exact).norm(dim=1) / exact.norm(dim=1)
+    assert 0 < errors.max() < 0.01
+    right = [(model.fc(each).argmax(1) == test.labels).sum().item() for each in (exact, fast)]
+    assert abs(right[0] - right[1]) < len(test) / 100
+
+
+def test_features_do_not_depend_on_workers_batches_or_order():
+    photos, backbone = sample(count=10), bundled_backbone()
+    views = train.Views(photos, range(3), seed=5)
+
+    def extract(workers):
+        return extract_features(backbone, views, compute=replace(CPU, workers=workers)).chunks[0]
+
+    plain = extract(0)
+    assert torch.equal(plain, extract(1))
+    assert torch.equal(plain, extract(3))
+    options = {"batch_size": 3, "per_image": 3, "compute": CPU}
+    backwards = [v for _, v, _ in embed_in_order(backbone, views, range(10)[::-1], **options)]
+    assert torch.equal(plain, torch.cat(backwards).flip(0))
+
+
+def test_spawned_workers_as_on_macos_and_windows_find_what_they_unpickle(colours):
+    # Each Python of this environment imports sitecustomize first, the workers' too.
+    start = "import transfer.backbone\ntransfer.backbone.START_METHOD = 'spawn'\nopen('started', 'a').write('x')\n"
+    Path("sitecustomize.py").write_text(start)
+    options = ("--weights", "none", "--epochs", 2, "--views", 2, "--precision", "float32", "--device", "cpu")
+    spawned = {"PYTHONPATH": os.pathsep.join((str(colours), str(ROOT))), "OMP_NUM_THREADS": "1"}
+    done = run_script("train.py", *options, "--workers", 2, "--out", "spawned.pth", cwd=colours, **spawned)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(Path("started").read_text()) > 2  # a forked worker would not have started Python anew
+    assert run_main(train.main, *options, "--workers", 0)[0] == 0
+    assert Path("spawned.csv").read_text() == Path("best.csv").read_text()
+    predict_options = ("test.txt", "--workers", 2, "--batch-size", 4, "--model", "spawned.pth", "--device", "cpu")
+    done = run_script("predict.py", *predict_options, cwd=colours, **spawned)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.count(".png  ") == 12
+
+
+@pytest.mark.parametrize("death", ["killed", "shared memory full"])
+def test_a_dead_worker_gets_a_warning_that_names_shm_size_and_the_run_goes_on(trained, monkeypatch, death):
+    Path("best.csv").rename("expected.csv")
+    parent, read = os.getpid(), read_image
+
+    def dying(path):
+        if os.getpid() != parent and b"green" in path:
+            if death == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
+        return read(path)
+
+    monkeypatch.setattr(train, "read_image", dying)
+    monkeypatch.setitem(PASS_BATCH, "cpu", 3)
+    status, _, err = trained("--workers", 2)
+    assert status == 0
+    assert set(err.splitlines()) == {
+        "warning: a worker died: out of memory, or /dev/shm is too small (docker run --shm-size=1g); going on without"
+    }
+    assert Path("best.csv").read_text() == Path("expected.csv").read_text()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried ..."), RuntimeError("MPS backend out of memory (...)")]
+)
+def test_out_of_memory_halves_the_passs_batch_up_to_three_times(job, monkeypatch, error):
+    # A device in name only: no parameter is moved to it.
+    monkeypatch.setattr(train, "pick_device", lambda _: torch.device("mps"))
+    monkeypatch.setattr(train, "backbone_of", lambda _: nn.Identity())
+    monkeypatch.setitem(PASS_BATCH, "mps", 12)
+    sizes, room = [], 2
+
+    def embed(module, views, *_, **__):
+        sizes.append(len(views))
+        if len(views) > room:
+            raise error
+        return torch.ones(len(views), 512)
+
+    monkeypatch.setattr("transfer.backbone.embed", embed)
+    said = "warning: the device is out of memory; the pass goes on in smaller batches\n"
+    warn_once.cache_clear()
+    status, _, err = job()
+    assert (status, err.count(said), "error" in err) == (0, 1, False)
+    assert sizes == [12, 6, 3, 2, 2, 2, 2, 2, 2] * 2  # in both lists' passes
+    room = 1
+    warn_once.cache_clear()
+    status, _, err = job("--out", "other.pth")
+    assert (status, err) == (1, f"{said}error: the device is out of memory; run with --device cpu\n")
+    assert not Path("other.pth").exists()
+
+
+def test_other_errors_of_the_device_are_bugs_that_keep_their_traceback():
+    def fail(_):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        in_smaller_parts(fail)(torch.zeros(4, 1))

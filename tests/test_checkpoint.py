@@ -1,0 +1,562 @@
+"""Weights: found or downloaded, untrusted, loaded in every usual form."""
+
+import errno
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import re
+import socket
+import struct
+import threading
+import time
+import urllib.request
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import fuzz
+import pytest
+import torch
+from conftest import BUNDLED, SmallNetwork, growth, patched, put, run_main, try_seeds
+from PIL import Image
+from torch import nn
+from torchvision import transforms as T
+from torchvision.models import resnet18, resnet34
+
+import predict
+import train
+from transfer import checkpoint
+from transfer.checkpoint import ABOUT, DOWNLOAD_TIMEOUT, IMAGENET_URL, find_weights, load_backbone, load_checkpoint
+from transfer.console import UserError, shown
+
+
+def plain_probabilities(path, image):
+    """What plain torchvision makes of a checkpoint and an image, knowing nothing of this project."""
+    state = torch.load(path, weights_only=True)
+    model = resnet18(num_classes=len(state["fc.bias"]))
+    model.load_state_dict(state, strict=True)
+    view = T.Compose([T.Resize((224, 224)), T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    with torch.inference_mode():
+        return model.eval()(view(Image.open(image).convert("RGB"))[None]).softmax(1)[0]
+
+
+def test_offline_the_bundled_backbone_stands_in_and_the_run_says_so_twice(sample_run):
+    warnings = [line for line in sample_run[0].stderr.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == 4 and warnings[:2] == warnings[2:]
+    assert "no ImageNet weights" in warnings[0] and "refused" in warnings[0] and "resnet18-grocery.pth" in warnings[0]
+    assert IMAGENET_URL in warnings[1] and "--weights FILE" in warnings[1]
+    assert "resnet18-grocery.pth (bundled)" in sample_run[0].stdout
+
+
+def test_an_explicit_wish_for_imagenet_is_never_replaced(colours):
+    status, out, err = run_main(train.main, "--weights", "imagenet")
+    assert (status, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("error: ImageNet weights can't be downloaded") and "--weights FILE" in line
+    assert not (colours / "best.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "form", ["bare", "model", "state_dict", "module.", "_orig_mod.", "float16", "other head", "best"]
+)
+def test_weights_of_every_usual_form_load(tmp_path, form, small_run):
+    if form == "best":
+        state = load_backbone(small_run / "best.pth")
+    else:
+        state = torch.load(BUNDLED, weights_only=True)
+        content = {f"{form}{key}": value for key, value in state.items()} if form.endswith(".") else dict(state)
+        if form in ("model", "state_dict"):
+            content = {form: state, "epoch": 3}
+        if form == "float16":
+            content = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+        if form == "other head":
+            content |= {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+        torch.save(content, tmp_path / "weights.pth")
+        state = load_backbone(tmp_path / "weights.pth")
+    expected = load_backbone(BUNDLED)
+    assert state.keys() == expected.keys()
+    assert all(
+        torch.allclose(state[key].float(), value.float(), rtol=1e-3, atol=1e-3) for key, value in expected.items()
+    )
+
+
+def test_what_is_no_resnet18_gets_the_first_keys_that_do_not_fit(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(64, 3, 3, 3), "features.0": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(UserError) as error:
+        load_backbone(tmp_path / "other.pth")
+    assert "unexpected features.0, conv1.weight is 64x3x3x3, not 64x3x7x7, no bn1.weight and" in str(error.value)
+
+
+def test_best_pth_loads_strictly_into_plain_torchvision_and_predicts_the_same(small_run):
+    image = small_run / "green" / "test_1.png"
+    plain = plain_probabilities(small_run / "best.pth", image)
+    ((name, probability), *rest) = predict.predict(predict.load(small_run / "best.pth", "cpu"), [image])[0]
+    assert len(rest) == 2 and name == ["red", "green", "blue"][plain.argmax()]
+    assert probability == pytest.approx(plain.max().item(), abs=1e-4)
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A function that serves ImageNet's weights so: from then on a download meets that answer. And the cache folder."""
+    servers, over = [], threading.Event()
+
+    def serve(answer, name="resnet18-0123abcd.pth"):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                answer(self, over)
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        servers.append(server)
+        monkeypatch.setattr("transfer.checkpoint.IMAGENET_URL", f"http://127.0.0.1:{server.server_port}/{name}")
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(urllib.request, "_opener", None)
+    yield serve
+    over.set()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def answer_with(body, length=None, status=200, then=None):
+    def answer(handler, over):
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(length or len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+        handler.wfile.flush()
+        if then:
+            then(handler, over)
+
+    return answer
+
+
+def stall(_, over):
+    over.wait(30)
+
+
+ANSWERS = {
+    "silent": stall,
+    "stalled": answer_with(b"x" * 1000, 10**7, then=stall),
+    "cut": answer_with(b"x" * 1000, 10**7),
+    "wrong bytes": answer_with(b"x" * 1000),
+    "a login page": answer_with(b"<html>Please log in</html>"),
+    "not there": answer_with(b"", status=404),
+    "not HTTP": lambda handler, _: handler.wfile.write(b"SSH-2.0-server\r\n"),
+}
+REASONS = {"silent": "timed out", "stalled": "timed out", "not there": "Not Found|404", "not HTTP": "SSH-2.0"}
+
+
+@pytest.mark.parametrize("kind", ["refused", "cache is a file", *ANSWERS])
+def test_a_download_that_fails_falls_back_or_ends_and_leaves_no_file(served, job, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("transfer.checkpoint.resnet18", resnet18)
+    monkeypatch.setattr("transfer.checkpoint.DOWNLOAD_TIMEOUT", 0.3)
+    served(ANSWERS.get(kind, stall))
+    if kind == "refused":
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            address = f"http://127.0.0.1:{unused.getsockname()[1]}/resnet18-01234567.pth"
+            monkeypatch.setattr("transfer.checkpoint.IMAGENET_URL", address)
+    if kind == "cache is a file":
+        (tmp_path / "torch").write_bytes(b"")
+    reason = {"refused": "refused", "cache is a file": "[Nn]ot a directory|[Ff]ile exists"} | REASONS
+    began = time.perf_counter()
+    _, origin, (caveat, fix) = find_weights(None)
+    assert "resnet18-grocery.pth (bundled)" in origin
+    words = reason.get(kind, "invalid hash value")
+    assert re.fullmatch(rf"no ImageNet weights \(.*({words}).*\): using the bundled .*, which is far weaker", caveat)
+    where = f"fetch {checkpoint.IMAGENET_URL} elsewhere and put it at {tmp_path / 'torch'}"
+    assert fix.startswith(f"for the real ones, {where}")
+    status, out, err = job("--weights", "imagenet")
+    assert (status, out) == (2, "")
+    assert re.match(
+        r"error: ImageNet weights can't be downloaded \(.*\); fetch .*, or give it as --weights FILE\n", err
+    )
+    assert time.perf_counter() - began < 10
+    assert not [path for path in (tmp_path / "torch").rglob("*") if path.is_file()]
+    assert not Path("best.pth").exists()
+
+
+def test_a_stalled_download_ends_within_a_minute():
+    assert DOWNLOAD_TIMEOUT * 2 <= 60
+
+
+def test_a_download_that_arrives_is_used_and_kept(served, tmp_path, monkeypatch):
+    content = BUNDLED.read_bytes()
+    name = f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    served(answer_with(content), name)
+    state, origin, caveats = find_weights(None)
+    assert origin.startswith("ImageNet") and not caveats
+    expected = load_backbone(BUNDLED)
+    assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
+    assert [path.name for path in (tmp_path / "torch").rglob("*") if path.is_file()] == [name]
+    served(answer_with(b"", status=404), name)
+    assert find_weights("imagenet")[0].keys() == state.keys()  # from the cache
+
+
+def tiny_resnet18(classes=3, **changes):
+    """A ResNet-18 state dict in 30 kB: each tensor one number, repeated."""
+    with torch.device("meta"):
+        state = resnet18(num_classes=classes).state_dict()
+    for key, value in state.items():
+        state[key] = torch.tensor(7) if value.dim() == 0 else torch.full((1,) * value.dim(), 0.01).expand(value.shape)
+    state.update({key.replace("__", "."): value for key, value in changes.items()})
+    return state
+
+
+def with_about(about, classes=3):
+    state = tiny_resnet18(classes)
+    state._metadata[ABOUT] = about
+    return state
+
+
+class Runs:
+    """What a hostile pickle holds: a call, made when it is loaded."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def claim(size, stride, storage=4):
+    """A tensor that claims more numbers than its storage holds."""
+    parts = (torch.zeros(storage).storage(), 0, size, stride, False, OrderedDict())
+    return Runs(torch._utils._rebuild_tensor_v2, *parts)
+
+
+def bomb_in_zip():
+    file = io.BytesIO()
+    torch.save(tiny_resnet18(), file)
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(file) as sound, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sound.namelist():
+            archive.writestr(name, bytes(1 << 28) if name.endswith("/data/1") else sound.read(name))
+    return bomb.getvalue()
+
+
+def legacy_bomb():
+    file = io.BytesIO()
+    torch.save({"fc.weight": torch.zeros(77777)}, file, _use_new_zipfile_serialization=False)
+    old, new = b"J" + struct.pack("<i", 77777), b"\x8a\x06" + (1 << 40).to_bytes(6, "little")
+    content = file.getvalue()
+    assert old in content
+    return content.replace(old, new)[:2000]
+
+
+def pickled(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def legacy(content):
+    file = io.BytesIO()
+    torch.save(content, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+def nested_tensor():
+    return torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+
+
+def attributed():
+    """A parameter that carries an attribute by a method's name."""
+    weight = nn.Parameter(tiny_resnet18()["conv1.weight"].clone())
+    weight.isfinite = 5
+    return weight
+
+
+def with_pickle(content):
+    """A file of weights, whole but for its pickle."""
+    forged = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(pickled({}))) as sound, zipfile.ZipFile(forged, "w") as archive:
+        for name in sound.namelist():
+            archive.writestr(name, content if name.endswith("data.pkl") else sound.read(name))
+    return forged.getvalue()
+
+
+def marked_as_folder():
+    """One bit flipped in a zip's directory makes a member a folder, whose bytes torch leaves unread."""
+    content = bytearray(pickled({"weights": torch.ones(1000)}))
+    at = content.index(b"PK\x01\x02")
+    while b"data/0" not in content[at : at + 90]:
+        at = content.index(b"PK\x01\x02", at + 1)
+    content[at + 38] ^= 0x10
+    return bytes(content)
+
+
+CODE = "not a weights file: it holds more than tensors; get it again from its source"
+DAMAGED = "damaged, or not a weights file; get it again from its source"
+MISFIT = r"does not fit a ResNet-18: {}; give one made for resnet18"
+
+
+REFUSED = {
+    "a pickle that runs code": (lambda: pickle.dumps(Runs(open, "pwned", "w")), DAMAGED),
+    "a state dict that runs code": (lambda: pickled({"fc.weight": Runs(open, "pwned", "w")}), CODE),
+    "a legacy file that runs code": (lambda: legacy({"fc.weight": Runs(os.mkdir, "pwned")}), CODE),
+    "a whole model": (lambda: pickled(SmallNetwork()), CODE),
+    "empty": (lambda: b"", DAMAGED),
+    "HTML": (lambda: b"<!doctype html><title>Log in</title>", DAMAGED),
+    "truncated": (lambda: pickled(tiny_resnet18())[:-2000], DAMAGED),
+    "truncated legacy": (lambda: legacy(tiny_resnet18())[:-10], DAMAGED),
+    "a flipped byte": (lambda: patched(pickled(tiny_resnet18()), 2000, b"\xff\0\xff"), DAMAGED),
+    "marked as a folder": (marked_as_folder, DAMAGED),
+    "a zip bomb": (bomb_in_zip, DAMAGED),
+    "a legacy file that claims terabytes": (legacy_bomb, DAMAGED),
+    "more numbers than are stored": (
+        lambda: pickled(tiny_resnet18(conv1__weight=claim((64, 3, 7, 7), (147, 49, 7, 1)))),
+        DAMAGED,
+    ),
+    "terabytes that are not stored": (lambda: pickled(tiny_resnet18(conv1__weight=claim((1 << 40,), (1,)))), DAMAGED),
+    "a tensor": (lambda: pickled(torch.zeros(3)), r"holds no state dict; save model.state_dict\(\) with torch.save"),
+    "a list": (lambda: pickled([1]), r"holds no state dict; save model.state_dict\(\) with torch.save"),
+    "repeated into terabytes": (
+        lambda: pickled(tiny_resnet18(fc__weight=torch.zeros(1).expand(10**9, 512))),
+        MISFIT.format("fc.weight is 1000000000x512, not 1000x512, fc.bias is 3, not 1000"),
+    ),
+    "sparse terabytes": (
+        lambda: pickled(tiny_resnet18(conv1__weight=torch.sparse_coo_tensor(size=(10**6, 10**6)))),
+        MISFIT.format("conv1.weight is no plain tensor"),
+    ),
+    "another architecture": (
+        lambda: pickled(
+            {key: value[..., :1] if value.dim() == 4 else value for key, value in resnet34().state_dict().items()}
+        ),
+        MISFIT.format(
+            "unexpected layer1.2.conv1.weight, unexpected layer1.2.bn1.weight, unexpected layer1.2.bn1.bias and .* more"
+        ),
+    ),
+    "another class count": (
+        lambda: pickled(tiny_resnet18(fc__bias=torch.zeros(4))),
+        MISFIT.format("fc.bias is 4, not 3"),
+    ),
+    "another width": (
+        lambda: pickled(tiny_resnet18(fc__weight=torch.zeros(3, 2048))),
+        MISFIT.format("fc.weight is 3x2048, not 3x512"),
+    ),
+    "NaN": (
+        lambda: pickled(tiny_resnet18(bn1__bias=torch.full((64,), torch.nan))),
+        MISFIT.format("bn1.bias has values that are not finite"),
+    ),
+    "infinite": (
+        lambda: pickled(tiny_resnet18(layer1__0__bn1__running_var=torch.full((64,), torch.inf))),
+        MISFIT.format("layer1.0.bn1.running_var has values that are not finite"),
+    ),
+    "integers": (
+        lambda: pickled(tiny_resnet18(bn1__bias=torch.zeros(64, dtype=torch.int64))),
+        MISFIT.format("bn1.bias is int64"),
+    ),
+    "8-bit floats": (
+        lambda: pickled(tiny_resnet18(bn1__bias=torch.zeros(64).to(torch.float8_e4m3fn))),
+        MISFIT.format("bn1.bias is float8_e4m3fn"),
+    ),
+    "a word for a tensor": (
+        lambda: pickled(tiny_resnet18(bn1__bias="x")),
+        MISFIT.format("bn1.bias is no plain tensor"),
+    ),
+    "on no device": (
+        lambda: pickled(tiny_resnet18(bn1__bias=torch.zeros(64, device="meta"))),
+        MISFIT.format("bn1.bias is no plain tensor"),
+    ),
+    # torch refuses to load these from 2.15 on, earlier ones leave it to the check of shapes: either is right.
+    "a nested tensor": (
+        lambda: pickled(tiny_resnet18(bn1__bias=nested_tensor())),
+        f"({CODE}|{MISFIT.format('bn1.bias is no plain tensor')})",
+    ),
+    "a nested tensor for a head": (
+        lambda: pickled(tiny_resnet18(fc__weight=nested_tensor())),
+        f"({CODE}|{MISFIT.format('fc.*')})",
+    ),
+    "attributes for methods": (
+        lambda: pickled(tiny_resnet18(conv1__weight=attributed())),
+        MISFIT.format("conv1.weight is no plain tensor"),
+    ),
+    "a key too deep to print": (
+        lambda: with_pickle(b"\x80\x02})" + b"\x85" * 3000 + b"Ns."),
+        MISFIT.format("unexpected .*, no conv1.weight, no bn1.weight and .* more"),
+    ),
+    "keys with escapes": (
+        lambda: pickled({"\x1b[2J": torch.zeros(1)}),
+        MISFIT.format(r"unexpected \\x1b\[2J, no conv1.weight, .*"),
+    ),
+    "itself within itself": (lambda: pickled(within_itself()), MISFIT.format(r"unexpected model, no conv1.weight, .*")),
+    "a directory": (None, "not a regular file; name a file of weights"),
+    "a FIFO": (None, "not a regular file; name a file of weights"),
+    "missing": (None, f"{os.strerror(errno.ENOENT).lower()}; name a file of weights"),
+}
+
+
+def within_itself():
+    found = {}
+    found["model"] = found
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_file_that_is_no_sound_resnet18_is_refused_by_both_scripts(colours, kind):
+    make, reason = REFUSED[kind]
+    if kind == "a directory":
+        os.mkdir("bad.pth")
+    elif kind == "a FIFO":
+        os.mkfifo("bad.pth")
+    elif make:
+        Path("bad.pth").write_bytes(make())
+    before = sorted(os.listdir())
+    began = time.perf_counter()
+    for main, *args in ((train.main, "--weights", "bad.pth"), (predict.main, "red/test_0.png", "--model", "bad.pth")):
+        status, out, err = run_main(main, *args)
+        assert (status, out) == (2, "")
+        assert re.fullmatch(rf"error: bad\.pth: {reason}\n", err), err
+        assert "weights_only" not in err and err.removesuffix("\n").isprintable()
+    assert time.perf_counter() - began < 10
+    assert sorted(os.listdir()) == before, "the code ran, or something was written"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in REFUSED if "bytes" in kind or "bomb" in kind])
+def test_a_small_file_that_claims_much_takes_no_memory(tmp_path, kind):
+    (tmp_path / "bad.pth").write_bytes(REFUSED[kind][0]())
+
+    def load():
+        with pytest.raises(UserError):
+            load_checkpoint(tmp_path / "bad.pth")
+
+    assert growth(load) < 100 << 20
+
+
+def predicted(tmp_path, content):
+    """What predict.py prints with a checkpoint of these bytes: its status, the class names of the line, and stderr."""
+    (tmp_path / "model.pth").write_bytes(content)
+    put(tmp_path / "photo.png", Image.new("RGB", (8, 8)))
+    status, out, err = run_main(predict.main, tmp_path / "photo.png", "--model", tmp_path / "model.pth", "--workers", 0)
+    return status, sorted(name.rsplit(" ", 1)[0] for name in out.split("  ", 1)[-1].split(", ")), err
+
+
+def saved_on_cuda(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:3")
+        content = pickled(tiny_resnet18())
+    assert b"cuda:3" in content
+    return content
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["bare", "cuda", "model", "state_dict", "nested twice", "module.", "_orig_mod.", "float16", "float64", "legacy"],
+)
+def test_usual_forms_of_a_checkpoint_load_in_both_scripts(tmp_path, monkeypatch, form):
+    state = tiny_resnet18()
+    forms = {
+        "cuda": lambda: saved_on_cuda(monkeypatch),
+        "model": lambda: pickled({"model": state, "epoch": 3}),
+        "state_dict": lambda: pickled({"state_dict": state}),
+        "nested twice": lambda: pickled({"model": {"state_dict": state}}),
+        "module.": lambda: pickled({f"module.{key}": value for key, value in state.items()}),
+        "_orig_mod.": lambda: pickled({f"_orig_mod.{key}": value for key, value in state.items()}),
+        "float16": lambda: pickled({k: v.half() if v.is_floating_point() else v for k, v in state.items()}),
+        "float64": lambda: pickled({k: v.double() if v.is_floating_point() else v for k, v in state.items()}),
+        "legacy": lambda: legacy(state),
+    }
+    assert predicted(tmp_path, forms.get(form, lambda: pickled(state))()) == (0, ["0", "1", "2"], "")
+    assert load_backbone(tmp_path / "model.pth")["conv1.weight"].shape == (64, 3, 7, 7)
+
+
+GOOD_ABOUT = {"format": 1, "classes": ["a", "b", "c"], "accuracy": 0.5}
+
+
+HOSTILE_ABOUT = {
+    "a word": "hello",
+    "a list": [1, 2],
+    "a number": 5,
+    "empty": {},
+    "another format": GOOD_ABOUT | {"format": 2},
+    "no format": {"classes": ["a", "b", "c"]},
+    "no classes": {"format": 1},
+    "too few names": GOOD_ABOUT | {"classes": ["a", "b"]},
+    "too many names": GOOD_ABOUT | {"classes": list("abcd")},
+    "names of another type": GOOD_ABOUT | {"classes": ["a", "b", 3]},
+    "names in a word": GOOD_ABOUT | {"classes": "abc"},
+    "names in a dict": GOOD_ABOUT | {"classes": {"a": 0, "b": 1, "c": 2}},
+    "a tensor for a number": GOOD_ABOUT | {"accuracy": torch.zeros(3)},
+    "a number in words": GOOD_ABOUT | {"accuracy": "0.5"},
+    "a subclass": OrderedDict(GOOD_ABOUT),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_ABOUT)
+def test_a_malformed_account_is_ignored_with_a_warning(tmp_path, kind):
+    status, names, err = predicted(tmp_path, pickled(with_about(HOSTILE_ABOUT[kind])))
+    assert (status, names) == (0, ["0", "1", "2"])
+    model = shown(tmp_path / "model.pth")
+    assert err == f"warning: {model}: its class names and history are malformed; going on with class numbers\n"
+
+
+class Armed:
+    """An OrderedDict whose own attributes stand before its methods once it is loaded."""
+
+    def __init__(self, content, **attributes):
+        self.content, self.attributes = content, attributes
+
+    def __reduce__(self):
+        return OrderedDict, (), self.attributes, None, iter(self.content.items())
+
+
+@pytest.mark.parametrize(
+    "attribute", ["_metadata", "items", "get", "keys", "values", "__len__", "__getitem__", "__class__"]
+)
+def test_a_hostile_ordered_dict_is_read_as_a_dict(tmp_path, attribute):
+    state = Armed(tiny_resnet18(), **{attribute: 5})
+    assert predicted(tmp_path, pickled(Armed({"model": state}, **{attribute: "x"}))) == (0, ["0", "1", "2"], "")
+
+
+def test_a_hostile_dict_of_metadata_is_read_as_a_dict(tmp_path):
+    metadata = Armed({ABOUT: GOOD_ABOUT}, get=5, items=5)
+    assert predicted(tmp_path, pickled(Armed(tiny_resnet18(), _metadata=metadata))) == (0, ["a", "b", "c"], "")
+
+
+def test_class_names_with_escapes_never_reach_the_terminal(tmp_path):
+    names = ["\x1b[2J\x1b]0;owned\x07", "two\nlines", "\u202eleft\udcff"]
+    status, found, err = predicted(tmp_path, pickled(with_about(GOOD_ABOUT | {"classes": names})))
+    assert (status, found, err) == (0, sorted([r"\x1b[2J\x1b]0;owned\x07", r"two\nlines", r"\u202eleft\udcff"]), "")
+
+
+def test_every_flipped_byte_of_a_checkpoint_is_harmless_or_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (content, *_), _, check = fuzz.checkpoints()
+    for at in range(2, len(content), 9):
+        check(patched(content, at, bytes([content[at] ^ 0x10])))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_500_mutated_checkpoints_hold_the_saved_weights_or_are_user_errors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try_seeds(fuzz.checkpoints(), 500)
+
+
+def test_best_pth_loads_into_plain_torchvision_and_exports(model):
+    state = torch.load("best.pth", weights_only=True)
+    plain = resnet18(num_classes=len(state["fc.bias"]))
+    plain.load_state_dict(state)
+    plain.eval()
+    view = T.Compose([T.Resize((224, 224)), T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    images = torch.stack([view(Image.open(f"{colour}.png")) for colour in ("red", "green")])
+    exported = torch.export.export(plain, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    torch.export.save(exported, "best.pt2")
+    with torch.inference_mode():
+        found = torch.export.load("best.pt2").module()(images)
+        assert torch.allclose(found, plain(images), atol=1e-4)
+        one = exported.module()(images[:1])  # another batch size than it was exported with
+    assert torch.allclose(one, found[:1], atol=1e-4)
+    ours = predict.predict(model, ["red.png", "green.png"])
+    for row, named in zip(found.softmax(1).tolist(), ours, strict=True):
+        assert dict(named) == pytest.approx(dict(zip(model.classes, row, strict=True)), abs=1e-4)

@@ -1,0 +1,134 @@
+"""Ranks: slices, deaths, one model."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, chunks_in, go, rows_of, same, weights_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train
+from transfer.checkpoint import load_checkpoint
+from transfer.distributed import rank_slice
+
+pytestmark = pytest.mark.usefixtures("tiny")
+
+
+@given(st.integers(0, 50), st.integers(1, 9))
+def test_ranks_share_all_rows_in_order_in_equal_slices(count, world):
+    def share(rank):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("transfer.distributed.world_size", lambda: world)
+            patch.setattr("transfer.distributed.my_rank", lambda: rank)
+            patch.setattr(train.dist, "is_initialized", lambda: True)
+            return rank_slice(count)
+
+    shares = [share(rank) for rank in range(world)]
+    assert [row for each in shares for row in each] == list(range(count))
+    assert all(len(each) <= -(-count // world) for each in shares)
+
+
+def torchrun(script, *args, ranks=2, restarts=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    command = list(map(str, [*command, "--max-restarts", restarts, script, *args]))
+    # As README says: without the last one a restarted rank may be told a dead one's address.
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+
+
+def feature_rows(folder):
+    chunks = [torch.load(path, weights_only=True)["features"] for path in chunks_in(folder)]
+    return sorted(row.numpy().tobytes() for chunk in chunks for row in chunk)
+
+
+# Up to torch 2.10 the ranks' connections are told on stdout, by all ranks at once.
+GLOO = r"(?m)^(\[Gloo\].*|.*is connected to \d+ peer ranks.*|\d+ is connected.*)\n"
+
+
+# Chunks of 2 images. At its third, in the second chunk, rank 1 dies, but not when it is started again.
+DIE = """
+import os, sys, train
+from transfer import backbone, features
+read, decoded = train.read_image, []
+features.CHUNK_ROWS, backbone.PASS_BATCH["cpu"] = 2, 4
+first, rank = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", os.environ["RANK"]
+def read_photo(path):
+    decoded.append(os.fsdecode(path))
+    if first and rank == "1" and len(decoded) == 3:
+        os._exit(1)
+    return read(path)
+train.read_image = read_photo
+train.main(sys.argv[1:])
+open(f"decoded{rank}", "w").write("\\n".join(decoded))
+"""
+
+
+def test_two_ranks_one_of_which_dies_once_give_the_features_and_the_head_of_one_byte_for_byte(colours, full_size):
+    lines = Path("train.txt").read_text().splitlines()
+    Path("train.txt").write_text("\n".join(lines[:-1]))  # 11 images, of which 3 are for the validation
+    Path("die.py").write_text(DIE)
+    options = ("--epochs", 3, "--views", 2, "--batch-size", 4, "--val-split", 0.25)
+    out = go(*options, "--cache", "one")
+    expected, rows = weights_of(), rows_of()
+    os.unlink("best.pth")
+    done = torchrun("die.py", "--weights", "none", "--workers", 0, *options, "--cache", "two", restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert same(expected, weights_of()) and rows == rows_of() and feature_rows("one") == feature_rows("two")
+    assert len(chunks_in("two")) == 2 * 2 + (1 + 1) + 2 * 3  # of both ranks: 8 training, 3 validation, 12 test images
+    # Rank 1 had kept 2 of its 4 training images; of the others each rank has its slice.
+    decoded = Path("decoded1").read_text().splitlines()
+    assert ["train" in path for path in decoded] == [True] * 3 + [False] * 6
+    # Rank 0 alone prints: the same lines, each once, after those of the first attempt.
+    timeless = lambda text: re.sub(r"in [\d.]+ s$", "", text, flags=re.MULTILINE)  # noqa: E731
+    said = re.sub(GLOO, "", done.stdout)
+    assert timeless(said).endswith(timeless(out)) and said.count("saved  ") == 1
+    assert "Traceback" not in done.stderr and "warning: " not in done.stderr
+
+
+# Fine-tuning with scripted accuracies; a rank notes its weights of each step, and after the fifth rank 1 dies.
+TUNE = """
+import os, sys, train
+step, rank, steps, judged = train.torch.optim.Adam.step, int(os.environ["RANK"]), [], []
+scripted = iter([0.25, 0.5, 0.75, 0.875])
+def spy(self, *args, **kwargs):
+    step(self, *args, **kwargs)
+    if len(self.param_groups) == 2:
+        steps.append([parameter.detach().clone() for group in self.param_groups for parameter in group["params"]])
+        if len(steps) == 5 and rank == 1:
+            os._exit(1)
+def evaluate(model, batches):
+    judged.append(sum(len(labels) for _, labels in batches))
+    train.torch.save({"steps": steps, "judged": judged}, f"rank{rank}.pt")
+    return 1.0, next(scripted)
+train.torch.optim.Adam.step, train.evaluate = spy, evaluate
+train.main(sys.argv[1:])
+"""
+
+
+def test_two_ranks_fine_tune_one_model_and_the_death_of_one_ends_the_run_with_best_pth_whole(few):
+    Path("tune.py").write_text(TUNE)
+    options = "--weights none --workers 0 --epochs 1 --views 1 --batch-size 4 --finetune-epochs 3".split()
+    began = time.monotonic()
+    done = torchrun("tune.py", *options)
+    assert done.returncode == 1 and time.monotonic() - began < 60
+    assert re.search(r"^error: another rank died|^stopped by SIGTERM", done.stderr, re.MULTILINE), done.stderr
+    assert "[rank0]: Traceback" not in done.stderr
+    # Of 6 images each rank trains on 3 an epoch, in batches of 2 and 1, and judges 3; rank 0 alone judged the head.
+    rank0, rank1 = (weights_of(f"rank{rank}.pt") for rank in (0, 1))
+    assert rank0["judged"] == [6, 3, 3] and rank1["judged"] == [3, 3]
+    for first, second in zip(rank0["steps"], rank1["steps"], strict=True):
+        assert len(first) == 15 + 2 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    # The second epoch, the last whole one, took steps 3 and 4.
+    model, about = load_checkpoint(Path("best.pth"))
+    assert (about["epoch"], about["accuracy"]) == (3, 0.75)
+    tail = [value for name, value in model.named_parameters() if name.startswith(("layer4.", "fc."))]
+    assert all(torch.equal(a, b) for a, b in zip(tail, rank0["steps"][-1], strict=True))
+    epochs = [line.split()[0] for line in done.stdout.splitlines() if line[:5].strip().isdigit()]
+    assert epochs == ["1", "2", "3"] == [row["epoch"] for row in rows_of()]
+    assert not list(Path().glob(".*.tmp"))

@@ -1,0 +1,126 @@
+"""Features of whole lists: what could not be read, overlap, passes that go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BUNDLED, ROOT, add_line, chunks_in, go, put, run_main, same, weights_of
+from PIL import Image
+
+import train
+from transfer.features import Features
+
+
+def test_one_unusable_test_image_ends_the_run(trained):
+    before = Path("best.pth").read_bytes()
+    Path("photo.jpg").write_bytes(b"text")
+    add_line("test.txt", "photo.jpg 1\n")
+    status, _, err = trained()
+    assert status == 1
+    assert err.splitlines() == [
+        "error: test.txt:13: photo.jpg: not an image",
+        "error: test.txt: 1 of 13 images can't be read; mend or remove these lines",
+    ]
+    assert Path("best.pth").read_bytes() == before
+
+
+def test_up_to_one_percent_of_the_training_images_may_be_unusable(trained):
+    before = Path("best.pth").read_bytes()
+    put("good.png", Image.new("RGB", (1, 1)))
+    Path("photo.jpg").write_bytes(b"text")
+    for name, count in (("good.png", 300), ("photo.jpg", 4)):
+        for number in range(count):
+            os.link(name, f"{number}-{name}")
+    good = [f"{n}-good.png {n % 3}\n" for n in range(300)]
+    Path("train.txt").write_text("".join([*good[:297], *(f"{n}-photo.jpg 0\n" for n in range(4))]))
+    status, _, err = trained()
+    assert status == 1 and Path("best.pth").read_bytes() == before
+    assert err.splitlines()[-1] == "error: train.txt: 4 of 301 images can't be read; mend or remove these lines"
+    Path("train.txt").write_text("".join([*good[:297], *(f"{n}-photo.jpg 0\n" for n in range(3))]))
+    status, _, err = trained()
+    assert status == 0
+    assert [line for line in err.splitlines() if "skipped" in line] == [
+        f"warning: train.txt:{298 + n}: {n}-photo.jpg: not an image; skipped" for n in range(3)
+    ]
+
+
+@pytest.mark.parametrize("way", ["by path", "by content"])
+def test_images_in_both_lists_get_a_warning_with_a_count_and_the_first_three(colours, way):
+    names = [f"{colour}/train_{n}.png" for colour in ("red", "blue") for n in (0, 1)]
+    for number, name in enumerate(names):
+        listed = name
+        if way == "by content":
+            put(listed := f"{number}.bmp", Image.open(name))
+        add_line("test.txt", f"{listed} {0 if 'red' in name else 2}\n")
+        names[number] = listed
+    # The whole network, and batches that differ between the lists: equal pixels must give equal bits.
+    status, _, err = run_main(train.main, "--weights", BUNDLED, "--workers", 0, "--epochs", 3, "--views", 3)
+    first = ", ".join(f"test.txt:{13 + n}: {names[n]}" for n in range(3))
+    assert (status, err) == (
+        0,
+        "warning: 4 of 16 test images are in train.txt too, so the test accuracy is not to be believed: "
+        f"{first} and 1 more\n",
+    )
+
+
+@pytest.mark.usefixtures("tiny")
+def test_an_image_that_could_not_be_read_is_reported_from_the_cache_too(extract, decoded, capsys):
+    Path("green/train_1.png").write_bytes(b"no image")
+    for times in (6, 0):
+        decoded.clear()
+        features = extract(tolerated=1)
+        assert features.unread == {3: "not an image"} and features.rows.tolist() == [0, 1, 2, 4, 5]
+        assert not features.take(torch.tensor([3]), 0).any()
+        assert sum(decoded.values()) == times
+        assert capsys.readouterr().err == "warning: train.txt:4: green/train_1.png: not an image; skipped\n"
+
+
+@pytest.mark.usefixtures("tiny")
+def test_features_of_many_chunks_are_taken_as_from_one():
+    features = torch.randn(10, 2, 512)
+    labels = torch.zeros(10, dtype=torch.int64)
+    many, one = Features(features.split(4), 4, labels), Features([features], 10, labels)
+    rows = torch.tensor([9, 0, 4, 3, 3, 8, 7])
+    for view in (0, 1):
+        assert torch.equal(many.take(rows, view), features[rows, view])
+        assert torch.equal(one.take(rows, view), features[rows, view])
+    assert many.digests() == one.digests() and len(set(one.digests())) == 10
+    assert Features(features.split(4), 4, labels[:7]).digests() == one.digests()[:7]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_killed_pass_goes_on_from_its_whole_chunks_to_the_same_weights(colours, full_size, decoded, monkeypatch):
+    go("--epochs", 2, "--views", 2)
+    expected = weights_of()
+    os.unlink("best.pth")
+    # The pass takes images 8 at a time: red and green are two whole chunks when it hangs in the third.
+    code = """
+import time, train, transfer.features
+read, transfer.features.CHUNK_ROWS = train.read_image, 4
+train.read_image = lambda path: time.sleep(600) if b"blue" in path else read(path)
+train.main("--weights none --workers 0 --epochs 2 --views 2 --cache kept".split())
+"""
+    with subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}) as killed:
+        wait_for(lambda: len(chunks_in("kept")) == 2, killed)
+        os.kill(killed.pid, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL and not Path("best.pth").exists()
+    monkeypatch.setattr("transfer.features.CHUNK_ROWS", 4)
+    decoded.clear()
+    go("--epochs", 2, "--views", 2, "--cache", "kept")
+    blue_alone = {f"train_{number}.png": 1 for number in range(4)}
+    assert {name: count for name, count in decoded.items() if "train" in name} == blue_alone
+    assert same(expected, weights_of())
+
+
+def wait_for(condition, process):
+    """Until a process has brought something about; it must be running then, and has a minute."""
+    for _ in range(6000):
+        if condition():
+            break
+        time.sleep(0.01)
+    assert condition() and process.poll() is None

@@ -1,0 +1,161 @@
+"""Files: whole or untouched, whatever kills the run or fills the disk."""
+
+import errno
+import io
+import itertools
+import os
+import re
+import shutil
+import socket
+import stat
+import tempfile
+from pathlib import Path
+
+import fuzz
+import pytest
+from conftest import add_line, run_main
+
+import predict
+import train
+
+
+def make_odd_file(kind):
+    if kind == "FIFO":
+        os.mkfifo("odd.png")
+    elif kind == "device":
+        os.symlink("/dev/zero", "odd.png")
+    else:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind("odd.png")
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "socket"])
+def test_only_regular_files_are_opened(trained, kind):
+    make_odd_file(kind)
+    assert not stat.S_ISREG(os.stat("odd.png").st_mode)
+    add_line("train.txt", "odd.png 0\n")
+    status, _, err = trained()
+    assert (status, err) == (0, "warning: train.txt:13: odd.png: not a regular file; skipped\n")
+    status, out, err = run_main(predict.main, "odd.png", "red/test_0.png", "--workers", 0)
+    assert (status, err) == (1, "error: odd.png: not a regular file\n") and out.startswith("red/test_0.png  ")
+
+
+def test_after_kill_9_at_any_moment_the_checkpoint_is_whole(colours):
+    kills = fuzz.kills()
+    for seed in range(10):
+        fuzz.try_seed(kills, seed)
+
+
+def test_what_a_killed_run_left_is_swept_by_the_next_and_nothing_else_is(job):
+    stale = [Path(".best.pth.123.tmp"), Path(".best.csv.123.tmp")]
+    others = [Path(".other.pth.123.tmp"), Path("best.pth.tmp"), Path(".best.pth.bak")]
+    for path in (*stale, *others):
+        path.write_bytes(b"half")
+    assert job()[0] == 0
+    assert [path.exists() for path in stale] == [False, False]
+    assert all(path.read_bytes() == b"half" for path in others)
+
+
+class Faults:
+    """Makes the nth of one kind of call on the saved files fail, and remembers each file's last whole content."""
+
+    def __init__(self, monkeypatch, call, number, code):
+        self.left, self.call, self.code, self.whole = number, call, code, {}
+        self.open, self.fsync, self.replace = io.open, os.fsync, os.replace
+        monkeypatch.setattr("transfer.files.open", self.opened, raising=False)
+        monkeypatch.setattr(os, "fsync", self.synced)
+        monkeypatch.setattr(os, "replace", self.replaced)
+
+    def count(self, call):
+        self.left -= call == self.call
+        if self.left == 0 and call == self.call:
+            raise OSError(self.code, os.strerror(self.code))
+
+    def opened(self, path, mode="r", *rest, **options):
+        if "w" not in mode:
+            return self.open(path, mode, *rest, **options)
+        self.count("open")
+        file = self.open(path, mode, *rest, **options)
+        write = file.write
+
+        class Writer:
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                file.close()
+
+            def write(_, content):
+                write(bytes(content)[:100])  # a full disk takes the first part
+                self.count("write")
+                return write(bytes(content)[100:])
+
+        return Writer()
+
+    def synced(self, descriptor):
+        self.count("fsync")
+        self.fsync(descriptor)
+
+    def replaced(self, source, target):
+        self.count("replace")
+        self.replace(source, target)
+        self.whole[Path(target).name] = Path(target).read_bytes()
+
+
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "replace"])
+@pytest.mark.parametrize(("code", "words"), [("ENOSPC", "disk full"), ("EIO", os.strerror(errno.EIO).lower())])
+def test_whichever_write_fails_the_last_whole_files_stay(job, monkeypatch, call, code, words):
+    failed = []
+    for number in itertools.count(1):
+        old = {"best.pth": b"the old one", "best.csv": b"the old figures"}
+        for name, content in old.items():
+            Path(name).write_bytes(content)
+        with monkeypatch.context() as patch:
+            scores = iter((0.1, 0.2))  # both epochs save
+            patch.setattr(train, "evaluate", lambda *_, scores=scores: (0.5, next(scores)))
+            faults = Faults(patch, call, number, getattr(errno, code))
+            status, _, err = job("--epochs", 2)
+        whole = old | faults.whole
+        assert {name: Path(name).read_bytes() for name in whole} == whole
+        assert not list(Path().glob(".*.tmp"))
+        if status == 0:
+            break
+        failed.append(re.fullmatch(rf"error: (best\.\w+): {words}; what was saved before is intact\n", err)[1])
+        assert status == 1
+    assert failed == ["best.pth", "best.csv"] * 2
+
+
+def test_a_full_disk_is_found_before_training(trained, monkeypatch):
+    before = Path("best.pth").read_bytes()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5 << 20}))
+    status, out, err = trained()
+    assert (status, out) == (2, "")
+    assert err == "error: --out best.pth: disk full (5 MB free, 95 needed); free some space\n"
+    assert Path("best.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_takes_no_files_is_found_before_training(job, monkeypatch, code):
+    def refuse(**_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # the superuser may write anywhere
+    status, out, err = job("--out", "sub/best.pth")
+    assert (status, out) == (2, "")
+    reason = os.strerror(code).lower()
+    assert err == f"error: --out sub/best.pth: can't write in sub ({reason}); name another folder\n"
+
+
+@pytest.mark.parametrize(
+    ("out", "problem"),
+    [
+        ("red", "is a directory; name a file, such as red/best.pth"),
+        ("none/best.pth", f"can't write in none ({os.strerror(errno.ENOENT).lower()}); name another folder"),
+        ("best.csv", "the .csv beside the checkpoint has this name; end it in .pth"),
+    ],
+)
+def test_an_impossible_output_is_found_before_training(job, out, problem):
+    assert job("--out", out) == (2, "", f"error: --out {out}: {problem}\n")

@@ -1,0 +1,422 @@
+"""Images: which are used, how, and what is said of the rest."""
+
+import errno
+import io
+import os
+import re
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import fuzz
+import numpy as np
+import pytest
+import torch
+from conftest import add_line, growth, make_unreadable, patched, put, run_main, try_seeds
+from PIL import Image, ImageFile
+
+import predict
+import train
+from transfer.checkpoint import load_checkpoint
+from transfer.images import IMAGE_FORMATS, ImageError, read_image
+
+NOISE = np.random.default_rng(0).integers(0, 256, (12, 8, 3), dtype=np.uint8)
+
+
+def encoded(image, format, **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def turned(pixels, orientation):
+    """What EXIF 2.32 says of each orientation, in plain array terms."""
+    return {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.transpose(1, 0, 2),
+        6: np.rot90(pixels, -1),
+        7: pixels[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(pixels, 1),
+    }[orientation]
+
+
+def exif_of(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "TIFF deflate"])
+def test_exif_orientation_is_applied_once(tmp_path, format, orientation):
+    kind, _, compression = format.partition(" ")
+    options = {"WEBP": {"lossless": True}, "TIFF": {"compression": "tiff_deflate" if compression else None}}.get(
+        kind, {}
+    )
+    image = Image.fromarray(NOISE)
+    image.save(tmp_path / "turned", kind, exif=exif_of(orientation), **options)
+    image.save(tmp_path / "plain", kind, **options)
+    stored = np.asarray(Image.open(tmp_path / "plain"))
+    assert np.array_equal(np.asarray(read_image(tmp_path / "turned")), turned(stored, orientation))
+
+
+def test_training_evaluation_and_prediction_all_see_the_upright_image(job, monkeypatch):
+    seen = []
+    original = predict.embed
+
+    def spy(module, views, *rest, **options):
+        seen.append(views.clone())
+        return original(module, views, *rest, **options)
+
+    monkeypatch.setattr("transfer.backbone.embed", spy)
+    monkeypatch.setattr(predict, "embed", spy)
+    for name, orientations in (("train.txt", (1, 2, 3, 4, 5, 6)), ("test.txt", (7, 8))):
+        lines = [f"{name}{n}.png {n % 2}\n" for n in orientations]
+        Path(name).write_text("".join(lines))
+    found = {}
+    for how in ("turned", "plain"):
+        seen.clear()
+        for number in range(1, 9):
+            pixels = NOISE if how == "turned" else np.ascontiguousarray(turned(NOISE, number))
+            name = f"{'train' if number < 7 else 'test'}.txt{number}.png"
+            put(name, Image.fromarray(pixels), exif=exif_of(number if how == "turned" else 1))
+        assert job("--epochs", 3, "--views", 3)[0] == 0
+        assert run_main(predict.main, "test.txt7.png", "train.txt6.png", "--workers", 0)[0] == 0
+        predict.predict(predict.load("best.pth", "cpu"), ["train.txt5.png", Image.open("test.txt8.png")])
+        found[how] = torch.cat(seen)
+    assert len(found["plain"]) == 6 * 3 + 2 + 2 + 2
+    assert torch.equal(found["turned"], found["plain"])
+
+
+def transparent(mode):
+    """A file of one colour at half opacity in each mode that can say so, and that colour."""
+    if mode == "LA":
+        return encoded(Image.new("LA", (9, 9), (40, 128)), "PNG"), (40, 40, 40)
+    if mode == "P, alpha of each colour":
+        image = Image.new("P", (9, 9), 1)
+        image.putpalette([0, 0, 0, 200, 100, 0])
+        return encoded(image, "PNG", transparency=bytes([0, 128])), (200, 100, 0)
+    return encoded(Image.new("RGBA", (9, 9), (200, 100, 0, 128)), mode, lossless=True), (200, 100, 0)
+
+
+@pytest.mark.parametrize("mode", ["PNG", "WEBP", "TIFF", "LA", "P, alpha of each colour"])
+def test_half_transparent_pixels_are_composited_on_white(tmp_path, mode):
+    content, colour = transparent(mode)
+    (tmp_path / "photo").write_bytes(content)
+    expected = [round((value * 128 + 255 * 127) / 255) for value in colour]
+    found = read_image(tmp_path / "photo").getpixel((4, 4))
+    assert all(abs(a - b) <= 1 for a, b in zip(found, expected, strict=True)), (found, expected)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
+def test_a_transparent_colour_becomes_white(tmp_path, mode):
+    image = Image.new("RGB", (8, 4), (40, 40, 40)).convert(mode)
+    image.save(tmp_path / "photo.png", transparency=image.getpixel((0, 0)))
+    assert read_image(tmp_path / "photo.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_transparency_gives_no_warning_in_either_script(trained):
+    for number, mode in enumerate(["PNG", "WEBP", "LA", "P, alpha of each colour"]):
+        Path(f"{number}.png").write_bytes(transparent(mode)[0])
+        add_line("train.txt", f"{number}.png 0\n")
+    status, _, err = trained()
+    assert (status, err) == (0, "")
+    status, out, err = run_main(predict.main, *(f"{n}.png" for n in range(4)), "--workers", 0)
+    assert (status, len(out.splitlines()), err) == (0, 4, "")
+
+
+FORMATS_OF = {"CMYK": ("JPEG", "TIFF"), "L": ("JPEG", "PNG", "TIFF", "GIF", "BMP")}
+FORMATS_OF |= dict.fromkeys(("1", "P"), ("PNG", "TIFF", "GIF", "BMP"))
+
+
+@pytest.mark.parametrize(("mode", "format"), [(mode, each) for mode, formats in FORMATS_OF.items() for each in formats])
+def test_modes_are_converted_to_rgb(tmp_path, mode, format):
+    image = Image.new("RGB", (16, 16), (255, 255, 255)).convert(mode)
+    image.paste(Image.new("RGB", (16, 8), (0, 0, 0)).convert(mode), (0, 0))
+    image.save(tmp_path / "photo", format)
+    photo = read_image(tmp_path / "photo")
+    assert photo.mode == "RGB"
+    assert max(photo.getpixel((8, 2))) <= 3 and min(photo.getpixel((8, 13))) >= 252
+
+
+@pytest.mark.parametrize(("format", "order"), [("PNG", "<"), ("TIFF", "<"), ("TIFF", ">")])
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path, format, order):
+    values = np.array([[0, 255, 256, 32768, 65535]], dtype=order + "u2")
+    mode = "I;16B" if order == ">" else "I;16"
+    Image.frombytes(mode, (5, 1), values.tobytes()).save(tmp_path / "photo", format)
+    assert np.asarray(read_image(tmp_path / "photo"))[0].tolist() == [[v] * 3 for v in (0, 0, 1, 128, 255)]
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "MPO", "PNG", "TIFF"])
+def test_of_several_frames_the_first_is_used(tmp_path, format):
+    first, *others = [Image.new("RGB", (16, 16), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
+    first.save(tmp_path / "photo", format, save_all=True, append_images=others)
+    assert Image.open(tmp_path / "photo").n_frames == 3
+    red, *rest = read_image(tmp_path / "photo").getpixel((8, 8))
+    assert red > 230 and max(rest) < 20
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1)])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF"])
+def test_the_smallest_and_the_longest_images_are_used_at_once(tmp_path, size, format):
+    Image.new("RGB", size, (9, 200, 9)).save(tmp_path / "photo", format)
+    began = time.perf_counter()
+    views = train.draw_views(read_image(tmp_path / "photo"), range(3), 0, 0)
+    assert time.perf_counter() - began < 1
+    assert views.shape == (3, 224, 224, 3) and views[0, ..., 1].min() > 190
+    assert growth(lambda: train.draw_views(read_image(tmp_path / "photo"), range(3), 0, 0)) < 50 << 20
+
+
+def jpeg_with(marker, content):
+    sound = encoded(Image.fromarray(NOISE), "JPEG")
+    return sound[:2] + bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2, "big") + content + sound[2:]
+
+
+def png_with(kind, content):
+    sound = encoded(Image.fromarray(NOISE), "PNG")
+    chunk = len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+    return sound[:33] + chunk + sound[33:]
+
+
+BAD_EXIF = [b"", b"II*", b"II*\0" + b"\xff" * 40, b"\xff" * 60, b"II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 30]
+BAD_EXIF += [struct.pack("<2sHIHHHII", b"II", 42, 8, 1, 0x0112, kind, 9, 0) for kind in (2, 5, 99)]
+
+
+BAD_XMP = [
+    b"<x:xmpmeta",
+    b"\xff\xfe\0<",
+    b'<a tiff:Orientation="x"/>',
+    b'<a tiff:Orientation="99999999999999"/>',
+    b"\0" * 50,
+]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [jpeg_with(0xE1, b"Exif\0\0" + exif) for exif in BAD_EXIF]
+    + [png_with(b"eXIf", exif) for exif in BAD_EXIF]
+    + [encoded(Image.fromarray(NOISE), "WEBP", lossless=True, exif=b"Exif\0\0" + exif) for exif in BAD_EXIF if exif]
+    + [jpeg_with(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp) for xmp in BAD_XMP]
+    + [png_with(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp) for xmp in BAD_XMP]
+    + [jpeg_with(0xE2, b"MPF\0" + exif) for exif in BAD_EXIF],
+    ids=lambda content: f"{content[1:4]!r} of {len(content)} bytes",
+)
+def test_the_pixels_are_used_where_exif_or_xmp_is_corrupt(tmp_path, content):
+    (tmp_path / "photo").write_bytes(content)
+    sound = encoded(Image.fromarray(NOISE), "JPEG") if content.startswith(b"\xff\xd8") else None
+    expected = np.asarray(Image.open(io.BytesIO(sound))) if sound else NOISE
+    assert np.array_equal(np.asarray(read_image(tmp_path / "photo")), expected)
+
+
+def png_of(width, height):
+    content = encoded(Image.new("L", (8, 8)), "PNG")
+    return fuzz.with_right_checksums(patched(content, 16, struct.pack(">II", width, height)))
+
+
+def bombs(side):
+    """Tiny files of each format that claim to be `side` pixels square."""
+    grey, colour = Image.new("L", (8, 8)), Image.new("RGB", (8, 8))
+    jpeg, gif, bmp, tiff, webp = (
+        encoded(grey, "JPEG"),
+        encoded(grey, "GIF"),
+        *(encoded(colour, f) for f in ("BMP", "TIFF")),
+        encoded(colour, "WEBP", lossless=True),
+    )
+    entries = {
+        tag: tiff.index(struct.pack("<HH", tag, 4))
+        if struct.pack("<HH", tag, 4) in tiff
+        else tiff.index(struct.pack("<HH", tag, 3))
+        for tag in (256, 257)
+    }
+    for at in entries.values():
+        tiff = patched(tiff, at, tiff[at : at + 2] + struct.pack("<HII", 4, 1, side))
+    webp_side = min(side, 16383) - 1
+    return {
+        "PNG": png_of(side, side),
+        "JPEG": patched(jpeg, jpeg.index(b"\xff\xc0") + 5, struct.pack(">HH", side, side)),
+        "GIF": patched(gif, 6, struct.pack("<HH", side, side)),
+        "BMP": patched(bmp, 18, struct.pack("<ii", side, side)),
+        "TIFF": tiff,
+        "WEBP": patched(webp, 21, (webp_side | webp_side << 14).to_bytes(4, "little")),
+    }
+
+
+LIMIT = r"^(9460x9460 pixels, )?over the limit of (89,478,485|29,826,161 for WebP)( pixels)?$"
+
+
+@pytest.mark.parametrize("side", [9460, 50000])
+@pytest.mark.parametrize("format", IMAGE_FORMATS)
+def test_a_bomb_is_refused_before_it_is_decoded_and_costs_no_memory(tmp_path, format, side):
+    (tmp_path / "photo").write_bytes(bombs(side)[format])
+    assert (tmp_path / "photo").stat().st_size < 2000
+    with pytest.raises(ImageError, match=LIMIT):
+        read_image(tmp_path / "photo")
+
+    def read():
+        with pytest.raises(ImageError):
+            read_image(tmp_path / "photo")
+
+    assert growth(read) < 30 << 20
+
+
+def large_png(side, channels):
+    """Transparent pixels, a row of zeros after another; of 3 channels a chunk says which colour is transparent."""
+    packer = zlib.compressobj(1)
+    rows = b"".join(packer.compress(bytes(1 + channels * side)) for _ in range(side)) + packer.flush()
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, {3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = [header, *[b"tRNS" + bytes(6)] * (channels == 3), b"IDAT" + rows, b"IEND"]
+    parts = (len(chunk[4:]).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") for chunk in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("format", ["PNG", "PNG with a transparent colour", "WEBP"])
+def test_an_image_at_the_limit_takes_less_than_a_gigabyte(tmp_path, format):
+    # As large as it may be, transparent, and still a small file: what costs its decoder most.
+    large = bombs(9459)["WEBP"] if format == "WEBP" else large_png(9459, channels=4 if format == "PNG" else 3)
+    (tmp_path / "photo").write_bytes(large)
+
+    def read():
+        try:
+            photo = read_image(tmp_path / "photo")
+            assert photo.size == (9459, 9459) and photo.getpixel((0, 0)) == (255, 255, 255)
+        except ImageError as error:
+            assert format == "WEBP" and "over the limit" in str(error)  # its decoder needs several times the pixels
+
+    assert growth(read) < 1e9
+
+
+def broken_zlib():
+    data = zlib.compress(b"\0" + bytes(8))
+    sound = encoded(Image.new("L", (8, 8)), "PNG")
+    at = sound.index(b"IDAT")
+    return fuzz.with_right_checksums(patched(sound, at + 6, bytes([sound[at + 6] ^ 0xFF]) + data[1:3]))
+
+
+SHOT = Image.effect_noise((64, 64), 60)
+
+
+# A JPEG has no checksum, and its decoder goes on after damaged picture data as in every tool: what can be found is
+# a file that ends too early, or whose headers are broken.
+UNUSABLE = {
+    "empty": (b"", "not an image"),
+    "text": (b"a cat, asleep\n", "not an image"),
+    "HTML": (b"<!doctype html><title>404</title>", "not an image"),
+    "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "not an image"),
+    "PDF": (b"%PDF-1.7\n1 0 obj <</Type /Catalog>> endobj\n", "not an image"),
+    "PPM, not in the allow-list": (b"P6 1 1 255\n\0\0\0", "not an image"),
+    "HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC; convert it to JPEG"),
+    "HEIF": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC; convert it to JPEG"),
+    "32-bit integers": (encoded(Image.new("I", (4, 4), 70000), "TIFF"), "32-bit pixels; convert it to 8 or 16 bits"),
+    "32-bit floats": (encoded(Image.new("F", (4, 4), 0.5), "TIFF"), "32-bit pixels; convert it to 8 or 16 bits"),
+    "truncated JPEG": (encoded(SHOT, "JPEG")[:-400], "damaged (image file is truncated"),
+    "truncated PNG": (encoded(SHOT, "PNG")[:-400], "damaged ("),
+    "truncated GIF": (encoded(SHOT, "GIF")[:-400], "damaged (image file is truncated"),
+    "truncated WebP": (encoded(SHOT, "WEBP")[:-100], "damaged (could not create decoder object)"),
+    "truncated BMP": (encoded(SHOT, "BMP")[:-400], "damaged (image file is truncated"),
+    "truncated TIFF": (encoded(SHOT, "TIFF", compression="tiff_deflate")[:-400], "not an image"),
+    "bad deflate data": (patched(encoded(SHOT, "TIFF", compression="tiff_deflate"), 100, b"\0\xff\0"), "damaged ("),
+    "bad CRC": (patched(encoded(SHOT, "PNG"), 200, b"\0\xff\0"), "damaged ("),
+    "bad zlib data": (broken_zlib(), "damaged ("),
+    "JPEG without tables": (encoded(SHOT, "JPEG").replace(b"\xff\xdb", b"\xff\xfe"), "damaged ("),
+    "JPEG of a start alone": (b"\xff\xd8\xff\xe0" + bytes(60), "not an image"),
+    "a bomb": (png_of(50000, 50000), "over the limit of 89,478,485 pixels"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_an_unusable_image_is_skipped_in_training_with_path_and_reason(job, kind):
+    content, reason = UNUSABLE[kind]
+    Path("photo.jpg").write_bytes(content)
+    add_line("train.txt", "photo.jpg 1\n")
+    status, out, err = job()
+    assert status == 0
+    assert re.fullmatch(rf"warning: train.txt:13: photo.jpg: {re.escape(reason)}.*; skipped\n", err)
+    assert load_checkpoint(Path("best.pth"))[1]["train_images"] == 12
+
+
+def test_unusable_images_are_errors_in_prediction_and_the_rest_is_done(trained):
+    for kind, (content, _) in UNUSABLE.items():
+        Path(f"{kind}.jpg").write_bytes(content)
+    names = [f"{kind}.jpg" for kind in UNUSABLE]
+    status, out, err = run_main(predict.main, "red/test_0.png", *names, "blue/test_0.png", "--workers", 0)
+    assert status == 1
+    assert [line.split("  ")[0] for line in out.splitlines()] == ["red/test_0.png", "blue/test_0.png"]
+    for line, name, (_, reason) in zip(err.splitlines(), names, UNUSABLE.values(), strict=True):
+        assert line.startswith(f"error: {name}: {reason}")
+
+
+def test_truncated_images_stay_errors():
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (SyntaxError("not a TIFF file"), "damaged (not a TIFF file)"),
+        (ValueError("bad \x1b[2J chunk"), r"damaged (bad \x1b[2J chunk)"),
+        (RuntimeError("stream\nbroken"), r"damaged (stream\nbroken)"),
+        (OSError("broken data stream"), "damaged (broken data stream)"),
+        (struct.error("unpack requires 4 bytes"), "damaged (unpack requires 4 bytes)"),
+        (KeyError(7), "damaged (7)"),
+        (MemoryError(), "damaged (MemoryError)"),
+        (ZeroDivisionError("division by zero"), "damaged (division by zero)"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+@pytest.mark.parametrize("step", ["open", "load"])
+def test_whatever_pillow_raises_is_a_skip_with_its_words(tmp_path, monkeypatch, step, error, words):
+    put(tmp_path / "photo.png", Image.new("RGB", (4, 4)))
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(*((Image, "open", fail) if step == "open" else (ImageFile.ImageFile, "load", fail)))
+    with pytest.raises(ImageError) as caught:
+        read_image(tmp_path / "photo.png")
+    assert str(caught.value) == words
+
+
+def test_ctrl_c_while_an_image_is_decoded_is_no_damaged_image(tmp_path, monkeypatch):
+    put(tmp_path / "photo.png", Image.new("RGB", (4, 4)))
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image, "open", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        read_image(tmp_path / "photo.png")
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [("missing", errno.ENOENT), ("link loop", errno.ELOOP), ("no permission", errno.EACCES), ("directory", 0)],
+)
+def test_an_unreadable_path_is_an_error_in_prediction_and_the_rest_is_done(trained, monkeypatch, kind, code):
+    make_unreadable(kind, monkeypatch)
+    if kind == "no permission":
+
+        def opened(path, *rest, **options):
+            if path == b"odd.png":
+                raise OSError(code, os.strerror(code))
+            return open(path, *rest, **options)
+
+        monkeypatch.setattr("transfer.files.open", opened, raising=False)
+    status, out, err = run_main(predict.main, "odd.png", "red/test_0.png", "--workers", 0)
+    if kind == "directory":  # a folder is walked
+        assert status == 2 and err.startswith("error: odd.png: no image in this folder; their names end in .jpg, ")
+    else:
+        assert (status, err) == (1, f"error: odd.png: {os.strerror(code).lower()}\n")
+        assert out.startswith("red/test_0.png  ")
+
+
+def test_2000_mutated_images_are_images_or_photo_errors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = fuzz.images()
+    assert {Image.open(io.BytesIO(content)).format for content in images[0]} == {*IMAGE_FORMATS, "MPO"}
+    began = time.perf_counter()
+    try_seeds(images, 2000)
+    assert time.perf_counter() - began < 30

@@ -1,0 +1,304 @@
+"""Lists: what a line may look like, what is said of a wrong one, and the validation split."""
+
+import errno
+import os
+from pathlib import Path
+
+import fuzz
+import pytest
+import torch
+from conftest import PLAIN, add_line, make_unreadable, run_main, run_script
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import predict
+import train
+from transfer.console import UserError
+from transfer.lists import ImageList, class_names, read_list, split_validation
+
+
+def test_lists_are_read_as_documented(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b").mkdir()
+    for name in ("a b/1.jpg", "2.jpg", "ü.jpg"):
+        (tmp_path / name).touch()
+    content = "\ufeff# a comment\r\n./a b/1.jpg 0\r\n\r\n  2.jpg\t 1  \n\u00fc.jpg 12"
+    (tmp_path / "list.txt").write_bytes(content.encode())
+    photos, problems = read_list(tmp_path / "list.txt", tmp_path.__class__())
+    assert not problems
+    assert photos.paths() == [b"a b/1.jpg", b"2.jpg", "ü.jpg".encode()] == [photos.path(i) for i in range(3)]
+    assert photos.labels.tolist() == [0, 1, 12] and photos.lines.tolist() == [2, 4, 5]
+
+
+def test_all_problems_of_both_lists_are_reported_together(colours):
+    (colours / "train.txt").write_text("red/train_0.png\nred/train_1.png x7\nred/train_2.png -1\nred/none.png 0\n")
+    (colours / "test.txt").write_text("\n")
+    done = run_script("train.py", cwd=colours)  # once as a user would
+    assert done.returncode == 2 and not done.stdout
+    lines = done.stderr.splitlines()
+    starts = [
+        "train.txt:1: no label",
+        "train.txt:2: label 'x7'",
+        "train.txt:3: label '-1'",
+        "train.txt:4: red/none.png: no such image",
+    ]
+    for line, start in zip(lines, [*starts, "test.txt:1: the list is empty", "5 problems in the lists"], strict=True):
+        assert line.startswith(f"error: {start}")
+    assert not (colours / "best.pth").exists()
+
+
+def test_of_many_problems_the_first_ten_are_shown_and_all_counted(colours):
+    (colours / "train.txt").write_text("".join(f"red/none_{n}.png 0\n" for n in range(25)))
+    (colours / "test.txt").write_text("red/test_0.png 0\n")
+    status, _, err = run_main(train.main)
+    lines = err.splitlines()
+    assert status == 2
+    assert len(lines) == 11 and "25 problems in the lists, 10 of them shown" in lines[-1]
+
+
+def test_a_test_label_that_training_lacks_is_an_error(colours):
+    with open("test.txt", "a") as file:
+        file.write("red/train_0.png 7\n")
+    status, _, err = run_main(train.main)
+    assert status == 2 and "error: test.txt:13: label 7 is not in train.txt" in err
+
+
+def test_root_is_what_paths_are_relative_to(colours, tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    options = ["--train", colours / "train.txt", "--test", colours / "test.txt", "--epochs", 1, "--weights", "none"]
+    status, _, err = run_main(train.main, *options)
+    assert status == 2 and f"it lies beside the list: add --root {colours}" in err
+    assert run_main(train.main, *options, "--workers", 0, "--root", colours)[0] == 0
+    assert os.path.exists("best.pth")
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/1", "a/2", "x/b/3"], ["a", "b"]),
+        (["a/1", "b/2", "c/3"], ["0", "1"]),  # label 0 in two folders
+        (["x/a/1", "y/a/2", "z/a/3"], ["0", "1"]),  # one name for two labels
+        (["1", "2", "b/3"], ["0", "1"]),  # no folder
+    ],
+)
+def test_class_names_come_from_folders_where_they_tell_classes_apart(paths, names):
+    photos = ImageList("list", [path.encode() for path in paths], [0, 0, 1], [1, 2, 3])
+    assert class_names(photos, None, 2) == names
+
+
+def test_a_classes_file_overrides_folder_names_and_must_fit(tmp_path):
+    photos = ImageList("list", [b"a/1", b"b/2"], [0, 1], [1, 2])
+    (tmp_path / "names").write_text("first\nsecond\n")
+    assert class_names(photos, tmp_path / "names", 2) == ["first", "second"]
+    with pytest.raises(UserError, match="2 names for 3 classes"):
+        class_names(photos, tmp_path / "names", 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("missing", "no such image; paths are relative to the working directory, or to --root DIR"),
+        ("directory", "is a directory, not an image; mend or remove the line"),
+        ("link loop", f"{os.strerror(errno.ELOOP).lower()}; mend or remove the line"),
+        ("no permission", "no permission to read it; mend or remove the line"),
+    ],
+)
+@pytest.mark.parametrize("name", ["train.txt", "test.txt"])
+def test_an_unreadable_path_is_found_before_training(trained, monkeypatch, name, kind, words):
+    before = {path: path.read_bytes() for path in (Path("best.pth"), Path("best.csv"))}
+    make_unreadable(kind, monkeypatch)
+    add_line(name, "odd.png 0\n")
+    problem = f"error: {name}:13: odd.png: {words}"
+    status, out, err = trained()
+    assert (status, out) == (2, "")
+    assert err.splitlines() == [problem, "error: 1 problem in the lists; mend the lines and run again"]
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert run_main(predict.main, name) == (2, "", err)
+
+
+def test_of_many_missing_images_prediction_too_shows_ten_and_a_count(trained):
+    Path("list.txt").write_text("".join(f"none_{n}.png 0\n" for n in range(25)))
+    status, out, err = run_main(predict.main, "list.txt")
+    lines = err.splitlines()
+    assert (status, out, len(lines)) == (2, "", 11)
+    assert lines[9].startswith("error: list.txt:10: none_9.png: no such image")
+    assert lines[10] == "error: 25 problems in the lists, 10 of them shown; mend the lines and run again"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("red/train_0.png 0\n".encode("utf-16"), "train.txt:1: looks like UTF-16; save it as UTF-8"),
+        ("red/train_0.png 0\n".encode("utf-16-be"), "train.txt:1: looks like UTF-16; save it as UTF-8"),
+        ("red/train_0.png 0\n".encode("utf-16-le"), "train.txt:1: looks like UTF-16; save it as UTF-8"),
+        (
+            "red/train_0.png 0\nblé.png 0\n".encode("latin-1"),
+            "train.txt:2: not UTF-8 (Latin-1 or Windows-1252, perhaps); save it as UTF-8",
+        ),
+        (
+            b"red/train_0.png 0\n" * 80 + b"\0 1\n",
+            "train.txt:81: holds a NUL byte; not a text list",
+        ),
+    ],
+)
+def test_a_list_in_another_encoding_gets_an_error_that_names_it(trained, content, problem):
+    Path("train.txt").write_bytes(content)
+    assert trained() == (2, "", f"error: {problem}\n")
+    assert run_main(predict.main, "train.txt") == (2, "", f"error: {problem}\n")
+
+
+def test_lists_are_utf_8_and_output_is_safe_in_any_locale(colours):
+    (colours / "é").mkdir()
+    for name in ("train", "test"):
+        os.link(f"red/{name}_0.png", f"é/ü {name}.png")
+        add_line(f"{name}.txt", f"é/ü {name}.png 0\n")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    os.remove("é/ü test.png")
+    Path("é/ü test.png").write_bytes(b"text")
+    done = run_script("train.py", *PLAIN, cwd=colours, **locale)
+    assert done.returncode == 1 and "13 training and 13 test images" in done.stdout
+    assert "/".join([r"\udcc3\udca9", r"\udcc3\udcbc test.png: not an image"]) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (
+            '"red/train_0.png" 0',
+            '"red/train_0.png": no such image; remove the quotes: paths may hold spaces as they are',
+        ),
+        (
+            "'red/train_0.png' 0",
+            "'red/train_0.png': no such image; remove the quotes: paths may hold spaces as they are",
+        ),
+        (
+            "red/train_0.png, 0",
+            "red/train_0.png,: no such image; remove the comma: path and label are separated by white space",
+        ),
+        ("red/train_0.png,0", "no label; separate path and label by a space, not a comma"),
+        ("red/train_0.png", "no label; separate path and label by white space"),
+        (r"red\train_0.png 0", r"red\train_0.png: no such image; write / instead of \\"[:-1]),
+        ("red/train_1.png 1.0", "label '1.0' is not a whole number; number the classes 0, 1, 2, ..."),
+        ("red/train_1.png cat", "label 'cat' is not a whole number; number the classes 0, 1, 2, ..."),
+        ("red/train_1.png 1_0", "label '1_0' is not a whole number; number the classes 0, 1, 2, ..."),
+        ("red/train_1.png ٣", "label '٣' is not a whole number; number the classes 0, 1, 2, ..."),
+        ("red/train_1.png ²", "label '²' is not a whole number; number the classes 0, 1, 2, ..."),
+        ("red/train_1.png -1", "label '-1' is not a whole number; number the classes 0, 1, 2, ..."),
+        ("red/train_1.png -100", "label '-100' is not a whole number; number the classes 0, 1, 2, ..."),
+        ("red/train_1.png +1", "label '+1' is not a whole number; number the classes 0, 1, 2, ..."),
+        ("red/train_1.png 0x1", "label '0x1' is not a whole number; number the classes 0, 1, 2, ..."),
+        ("red/train_1.png \x1b[2J", r"label '\x1b[2J' is not a whole number; number the classes 0, 1, 2, ..."),
+        (f"red/train_1.png {2**63}", f"label {2**63} is not below 100,000; number the classes 0, 1, 2, ..."),
+        (f"red/train_1.png {'9' * 5000}", f"label {'9' * 24} is not below 100,000; number the classes 0, 1, 2, ..."),
+        ("red/train_1.png 100000", "label 100000 is not below 100,000; number the classes 0, 1, 2, ..."),
+        (
+            "red/train_0.png 1",
+            "red/train_0.png has label 1 here and 0 on line 1; keep one of the two",
+        ),
+        (
+            "./red/train_0.png 2",
+            "red/train_0.png has label 2 here and 0 on line 1; keep one of the two",
+        ),
+    ],
+)
+def test_a_wrong_line_gets_the_hint_that_fits(trained, line, problem):
+    before = Path("best.pth").read_bytes()
+    add_line("train.txt", f"{line}\n")
+    repeated = "warning: train.txt: 1 repeated line dropped\n" if "keep one" in problem else ""
+    said = f"{repeated}error: train.txt:13: {problem}\nerror: 1 problem in the lists; mend the lines and run again\n"
+    assert trained() == (2, "", said)
+    assert Path("best.pth").read_bytes() == before
+    assert run_main(predict.main, "train.txt") == (2, "", said)
+
+
+def test_paths_found_only_beside_the_list_get_the_root_as_hint(job, monkeypatch):
+    os.mkdir("elsewhere")
+    monkeypatch.chdir("elsewhere")
+    status, _, err = job("--train", "../train.txt", "--test", "../test.txt")
+    assert status == 2
+    assert err.splitlines()[0] == (
+        "error: ../train.txt:1: red/train_0.png: no such image; it lies beside the list: add --root .."
+    )
+    assert not list(Path().iterdir())
+
+
+def test_a_missing_list_gets_one_line(job):
+    os.remove("train.txt")
+    words = os.strerror(errno.ENOENT).lower()
+    assert job() == (2, "", f"error: train.txt: {words}; name an existing text file\n")
+
+
+def test_gaps_and_classes_of_one_image_get_a_warning_that_names_them(job):
+    for label in (4, 9, 12):
+        os.link("red/train_0.png", f"{label}.png")
+        add_line("train.txt", f"{label}.png {label}\n")
+    status, _, err = job()
+    assert status == 0
+    assert err.splitlines() == [
+        "warning: train.txt: no image has label 3, 5, 6 and 4 more: its class can never be learned",
+        "warning: train.txt: only one image has label 4, 9, 12: its class is learned by heart",
+    ]
+
+
+def test_duplicate_lines_are_dropped_with_a_count(job):
+    add_line("train.txt", "red/train_0.png 0\n./red/train_1.png 0\n")
+    status, out, err = job()
+    assert (status, err) == (0, "warning: train.txt: 2 repeated lines dropped\n")
+    assert "12 training and 12 test images" in out
+
+
+@pytest.fixture
+def lists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return fuzz.lists()
+
+
+@settings(
+    max_examples=2000,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.randoms(use_true_random=True), st.binary(max_size=12), st.floats(0, 1))
+def test_2000_mutated_lists_are_read_as_written_or_user_errors(lists, rng, extra, place):
+    (lines,), tokens, check = lists
+    content = fuzz.mutate(lines, rng, tokens)
+    at = int(place * len(content))
+    check(content[:at] + extra + content[at:])
+
+
+def made_up_photos(labels):
+    return ImageList("list", [b"%d.png" % n for n in range(len(labels))], labels, range(1, len(labels) + 1))
+
+
+@pytest.mark.usefixtures("tiny")
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.floats(0.01, 0.99), st.integers(0, 2**31 - 1))
+def test_a_split_is_stratified_disjoint_seeded_and_leaves_something_to_train_on(sizes, share, seed):
+    assume(max(sizes) > 1)  # else there is nothing to hold out
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    photos = made_up_photos(labels)
+    kept, held = split_validation(photos, share, seed)
+    assert sorted(kept.paths() + held.paths()) == sorted(photos.paths())  # all, and none twice
+    where = dict(zip(photos.paths(), zip(labels, range(1, len(labels) + 1), strict=True), strict=True))
+    for part in (kept, held):
+        assert [where[path] for path in part.paths()] == list(
+            zip(part.labels.tolist(), part.lines.tolist(), strict=True)
+        )
+        assert part.lines.tolist() == sorted(part.lines.tolist())
+    for label, size in enumerate(sizes):
+        drawn = held.labels.tolist().count(label)
+        assert drawn == min(max(1, round(share * size)), size - 1)
+    again = split_validation(photos, share, seed)
+    assert [part.paths() for part in again] == [kept.paths(), held.paths()]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_split_of_a_fifth_takes_a_fifth_of_each_class():
+    photos = made_up_photos([0] * 100 + [1] * 10 + [2] * 3 + [3])
+    kept, held = split_validation(photos, 0.2, seed=0)
+    assert torch.bincount(held.labels).tolist() == [20, 2, 1]
+    assert torch.bincount(kept.labels).tolist() == [80, 8, 2, 1]
+    other = split_validation(photos, 0.2, seed=1)[1]
+    assert other.paths() != held.paths()

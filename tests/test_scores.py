@@ -1,0 +1,143 @@
+"""Scores: figures worked out by hand and by scikit-learn."""
+
+import math
+import re
+import time
+
+import fuzz
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
+from torch.nn import functional as F
+
+from transfer.scores import Scores, score_table, wilson
+
+# Four classes by hand: apple 2 of 3 right, bean 1 of 2, corn 0 of 1 and never predicted, dill without images.
+LABELS = [0, 0, 0, 1, 1, 2]
+PREDICTED = [0, 0, 1, 1, 0, 0]
+NAMES = ["apple", "bean", "corn", "dill"]
+
+
+def scores_of(labels, predicted, classes=4):
+    scores = Scores(classes)
+    for label, guess in zip(labels, predicted, strict=True):
+        scores.add(label, F.one_hot(torch.tensor(guess), classes).float())
+    return scores
+
+
+def confusion(scores):
+    """Rows of true classes, columns of predicted ones."""
+    counts = scores.hits.diag()
+    for (label, guess), count in scores.mistakes.items():
+        counts[label, guess] = count
+    return counts.tolist()
+
+
+def test_figures_are_those_worked_out_by_hand():
+    scores = scores_of(LABELS, PREDICTED)
+    assert confusion(scores) == [[2, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert (scores.count, scores.right, scores.accuracy) == (6, 3, 0.5)
+    nan = math.nan
+    assert scores.images.tolist() == [3, 2, 1, 0]
+    assert scores.precision.tolist() == pytest.approx([2 / 4, 1 / 2, nan, nan], nan_ok=True)
+    assert scores.recall.tolist() == pytest.approx([2 / 3, 1 / 2, 0, nan], nan_ok=True)
+    assert scores.f1.tolist() == pytest.approx([4 / 7, 1 / 2, 0, nan], nan_ok=True)
+    assert scores.taken_for() == {0: (1, 1), 1: (0, 1), 2: (0, 1)}
+
+
+def test_the_table_puts_the_worst_recall_first_and_macro_averages_last():
+    lines = score_table(scores_of(LABELS, PREDICTED), NAMES).splitlines()
+    # Wilson of 3 of 6: 0.5 plus or minus 1.96 sqrt(0.25 / 6 + 0.98^2 / 6^2) / (1 + 3.8415 / 6). Top 3 holds ties.
+    assert lines[0] == "accuracy   50.00%  3 of 6, 95% interval 18.8% to 81.2%"
+    assert lines[1].startswith("top-3    ") and lines[2] == ""
+    assert [line.split() for line in lines[3:]] == [
+        "class images precision recall F1 most often taken for".split(),
+        "corn 1 – 0.0% 0.0% apple (1)".split(),
+        "bean 2 50.0% 50.0% 50.0% apple (1)".split(),
+        "apple 3 50.0% 66.7% 57.1% bean (1)".split(),
+        "dill 0 – – –".split(),
+        # Means of the three classes that occur: 1/3, 7/18 and 5/14.
+        "macro average 6 33.3% 38.9% 35.7%".split(),
+    ]
+
+
+def test_top_3_counts_images_whose_class_is_among_the_three_likeliest():
+    scores = Scores(5)
+    probs = torch.tensor([0.3, 0.25, 0.2, 0.15, 0.1])
+    for label in range(5):
+        scores.add(label, probs)
+    assert (scores.right, scores.in_top3, scores.top3) == (1, 3, 0.6)
+    two = Scores(2)
+    two.add(1, torch.tensor([0.9, 0.1]))
+    assert (two.accuracy, two.top3) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [
+        # Newcombe (1998), Statistics in Medicine 17, table I, method 3.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (8, 10, 0.4902, 0.9433),
+        (10, 10, 0.7225, 1.0),  # 1 / (1 + 1.96^2 / 10)
+    ],
+)
+def test_intervals_are_wilsons(right, count, low, high):
+    assert wilson(right, count) == pytest.approx((low, high), abs=5e-5)
+    mirrored = wilson(count - right, count)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
+    assert all(0 <= end <= 1 for end in mirrored)
+
+
+def test_scores_and_table_of_ten_thousand_classes_take_megabytes_and_a_moment():
+    generator = torch.Generator().manual_seed(0)
+    labels, guesses = torch.randint(0, 10_000, (2, 2000), generator=generator).tolist()
+    probs = torch.zeros(10_000)
+    began, before = time.perf_counter(), fuzz.peak()
+    scores = Scores(10_000)
+    for label, guess in zip(labels, guesses, strict=True):
+        probs[guess] = 1
+        scores.add(label, probs)
+        probs[guess] = 0
+    adding = time.perf_counter() - began
+    lines = score_table(scores, [str(n) for n in range(10_000)]).splitlines()
+    # A matrix of all pairs would be 800 MB.
+    assert len(lines) == 4 + 10_000 + 1 and fuzz.peak() - before < 50 << 20
+    assert time.perf_counter() - began - adding < 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 6), st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=40))
+def test_figures_are_scikit_learns(classes, pairs):
+    pairs = [(label % classes, guess % classes) for label, guess in pairs]
+    labels, predicted = zip(*pairs, strict=True)
+    scores = scores_of(labels, predicted, classes)
+    everyone = list(range(classes))
+    assert confusion(scores) == confusion_matrix(labels, predicted, labels=everyone).tolist()
+    assert scores.accuracy == sum(a == b for a, b in pairs) / len(pairs)
+    *columns, images = precision_recall_fscore_support(labels, predicted, labels=everyone, zero_division=0)
+    ours = (scores.precision, scores.recall, scores.f1, scores.images)
+    for found, expected in zip(ours, (*columns, images), strict=True):
+        assert found.nan_to_num(0).tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    macro = precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)[:3]
+    lines = score_table(scores, [f"c{n}" for n in everyone]).splitlines()
+    assert lines[-1].startswith("macro average")
+    shown = [float(part) for part in re.findall(r"([\d.]+)%", lines[-1])]
+    assert shown == pytest.approx([100 * value for value in macro], abs=0.0501)
+    assert {line.split()[0] for line in lines[4:-1]} == {f"c{n}" for n in everyone}
+    recalls = [float(line.split()[3].rstrip("%")) for line in lines[4:-1] if line.split()[3] != "–"]
+    assert recalls == sorted(recalls)
+
+
+def test_top_3_is_scikit_learns():
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(50, 7, generator=generator).softmax(1)
+    labels = torch.randint(0, 7, (50,), generator=generator).tolist()
+    scores = Scores(7)
+    for label, each in zip(labels, probs, strict=True):
+        scores.add(label, each)
+    assert scores.top3 == top_k_accuracy_score(labels, probs.numpy(), k=3, labels=range(7))

@@ -1,0 +1,139 @@
+"""The frozen backbone over images, batch by batch: decoded, viewed and embedded in parallel, in order."""
+
+import copy
+import functools
+import math
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms as T
+
+from transfer.console import UserError, warn, warn_once
+from transfer.device import Compute
+
+NORMALIZE = T.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])  # ImageNet's
+# On a CPU, of 4 to 32 views at a time, 8 pass fastest (measured, one thread): more than that outgrow its caches.
+PASS_BATCH = {"cpu": 8, "cuda": 256, "mps": 64}
+# A forked worker starts at once; a spawned one imports torch first, but is safe everywhere.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+READING_VERSION = 2  # of how images become numbers, up to `embed`: raise it and no cached feature is used
+
+
+def backbone_of(model: nn.Module) -> nn.Sequential:
+    """Everything but the head, as one module: images (N, 3, 224, 224) to features (N, 512)."""
+    return nn.Sequential(*list(model.children())[:-1], nn.Flatten(1))
+
+
+def inference_copy(module: nn.Module, compute: Compute) -> nn.Module:
+    """A copy for `embed`: on the device, its convolutions in the dtype. Autocast gives the same bits, but casts the
+    weights anew for every batch.
+    """
+    module = copy.deepcopy(module).to(compute.device, memory_format=torch.channels_last)
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            part.to(compute.dtype)
+    return module
+
+
+@torch.inference_mode()
+def embed(module: nn.Module, views: Tensor, compute: Compute) -> Tensor:
+    """What an `inference_copy` gives for uint8 views (N, 224, 224, 3), on its device and in its dtype."""
+    device = compute.device
+    # NORMALIZE, for bytes and along whole rows of pixels: four times as fast as over three channels.
+    rows = views.to(device, non_blocking=True).flatten(2).float()  # (N, 224, 672)
+    mean, std = (255 * torch.tensor(three).repeat(views.shape[2]) for three in (NORMALIZE.mean, NORMALIZE.std))
+    rows.sub_(mean.to(device)).div_(std.to(device))
+    # Seen as (N, 3, 224, 224) the numbers lie in channels_last order already.
+    return module(rows.to(compute.dtype).view(views.shape).permute(0, 3, 1, 2))
+
+
+def collate(
+    samples: Sequence[tuple[int, Tensor | str]], embed_views: Callable[[Tensor], Tensor] | None = None
+) -> tuple[list[int], Tensor, dict[int, str]]:
+    """Row numbers of what could be read, its views (n * V, 224, 224, 3) or what `embed_views` gives for them,
+    and the reasons by row number of the rest.
+    """
+    good = [(index, views) for index, views in samples if isinstance(views, Tensor)]
+    bad = {index: reason for index, reason in samples if isinstance(reason, str)}
+    views = torch.cat([views for _, views in good]) if good else torch.empty(0)
+    return [index for index, _ in good], embed_views(views) if embed_views and good else views, bad
+
+
+def ignore_interrupts(_: int) -> None:
+    """Ctrl-C reaches the whole process group: workers leave it to the parent, which ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def in_smaller_parts(embed_views: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same function, in 2, 4, then 8 parts where the device's memory is too small for the whole."""
+    parts = 1
+
+    def embed_parts(views: Tensor) -> Tensor:
+        nonlocal parts
+        while True:
+            try:
+                return torch.cat([embed_views(part) for part in views.chunk(parts)])
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+                    raise
+                if parts == 8:
+                    raise UserError("the device is out of memory; run with --device cpu", status=1) from None
+                warn_once("the device is out of memory; the pass goes on in smaller batches")
+                parts *= 2
+
+    return embed_parts
+
+
+def embed_in_order(
+    module: nn.Module,
+    dataset: Dataset,
+    rows: Sequence[int],
+    *,
+    compute: Compute,
+    batch_size: int,
+    per_image: int = 1,
+) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
+    """Decode the rows of a dataset, and give what a module makes of their views, batch by batch, in order:
+    row numbers, values (n, ...) or (n, per_image, ...), and the reasons by row of what can't be read.
+
+    On a CPU the worker that decodes an image also runs the module on it, single-threaded: no core waits for
+    another, and features travel instead of pixels. For other devices workers decode and pixels travel.
+    Where workers die, the rest is done without. Raises UserError (status 1) where the device's memory is too
+    small for an eighth of a batch.
+    """
+    embed_views = functools.partial(embed, module, compute=compute)
+    here = None if compute.device.type == "cpu" else in_smaller_parts(embed_views)
+    workers, done = compute.workers, 0
+    while done < len(rows):
+        loader = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=rows[done:],
+            num_workers=min(workers, math.ceil((len(rows) - done) / batch_size)),
+            collate_fn=functools.partial(collate, embed_views=None if here else embed_views),
+            pin_memory=compute.device.type == "cuda",
+            worker_init_fn=ignore_interrupts,
+            multiprocessing_context=START_METHOD if workers else None,
+        )
+        try:
+            for indices, values, bad in loader:
+                values = here(values) if here and indices else values
+                yield indices, values.unflatten(0, (-1, per_image)) if per_image > 1 and indices else values, bad
+                done += len(indices) + len(bad)
+        except RuntimeError as error:
+            if not workers or "DataLoader worker" not in str(error):
+                raise
+            warn("a worker died: out of memory, or /dev/shm is too small (docker run --shm-size=1g); going on without")
+            traceback.clear_frames(error.__traceback__)  # ends the other workers now, not with the next garbage
+            workers = 0
+
+
+def each_image(batches: Iterable[tuple[list[int], Tensor, dict[int, str]]]) -> Iterator[tuple[int, Tensor | str]]:
+    """Image by image, in order: its row and its values, float32 on the CPU, or the reason why it has none."""
+    for rows, values, bad in batches:
+        yield from sorted([*zip(rows, values.cpu().float(), strict=False), *bad.items()], key=lambda image: image[0])

@@ -1,0 +1,146 @@
+"""What the user is told, and may type: messages, errors in one line, progress, types of flags."""
+
+import argparse
+import contextlib
+import functools
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import distributed as dist
+
+from transfer.distributed import my_rank
+
+SHOWN_PROBLEMS = 10
+
+
+class UserError(Exception):
+    """What the user can mend: one line each, and the exit status (2: before work, 1: during)."""
+
+    def __init__(self, *lines: str, status: int = 2):
+        super().__init__("\n".join(lines))
+        self.lines, self.status = lines, status
+
+
+def shown(name: str | bytes | os.PathLike) -> str:
+    """A name as it may be printed: control characters and broken encodings escaped."""
+    text = os.fsdecode(name)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def reason_of(error: OSError) -> str:
+    """What the operating system says went wrong, as part of a sentence."""
+    return (error.strerror or str(error)).lower()
+
+
+def first_three(items: Sequence) -> str:
+    """The first three of some items, and how many follow."""
+    rest = f" and {len(items) - 3:,} more" if len(items) > 3 else ""
+    return ", ".join(str(item) for item in items[:3]) + rest
+
+
+def first_ten(problems: Sequence[str], total: str, fix: str) -> list[str]:
+    """The lines of the first ten problems, and a last one: their total in words, and how to mend them."""
+    cut = f", {SHOWN_PROBLEMS} of them shown" if len(problems) > SHOWN_PROBLEMS else ""
+    return [*problems[:SHOWN_PROBLEMS], f"{total}{cut}; {fix}"]
+
+
+def warn(text: str) -> None:
+    if my_rank() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    warn(text)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn user errors, Ctrl-C and SIGTERM into a line and an exit status; bugs keep their traceback."""
+
+    def terminate(*_) -> None:
+        if hasattr(signal, "SIGCHLD"):  # sent to the whole group, as by `timeout`, it ends the workers too: no news
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise KeyboardInterrupt(143)
+
+    with contextlib.suppress(ValueError):  # not the main thread: the caller owns the signals
+        signal.signal(signal.SIGTERM, terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name never crashes an ASCII terminal
+    try:
+        yield
+    except UserError as error:
+        for line in error.lines if my_rank() == 0 or error.status == 1 else ():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(error.status)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):  # which has no type of its own
+            raise
+        print(f"error: another rank died ({str(error).splitlines()[0]}); the saved files are whole", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of our output is gone, as in `| head -1`: nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt as stop:
+        status = stop.args[0] if stop.args else 130
+        if my_rank() == 0:
+            print(f"stopped by {'SIGTERM' if status == 143 else 'Ctrl-C'}; what was saved is whole", file=sys.stderr)
+        sys.exit(status)
+
+
+class Progress:
+    """Images done, images/s and time left, on stderr where that is a terminal."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.done, self.width = what, total, 0, 0
+        self.began = self.said = time.perf_counter()
+
+    def add(self, count: int) -> None:
+        self.done += count
+        now = time.perf_counter()
+        if my_rank() or not sys.stderr.isatty() or (now - self.said < 0.2 and self.done < self.total):
+            return
+        self.said = now
+        rate = self.done / (now - self.began)
+        left = (self.total - self.done) / rate
+        line = f"{self.what} {self.done:,}/{self.total:,} images  {rate:.0f}/s  {left:.0f} s left"
+        print(f"\r{line:<{self.width}}", end="\n" if self.done == self.total else "", file=sys.stderr, flush=True)
+        self.width = len(line)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not that of a flag whose default is to be off."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number, at least so large."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and least <= int(text) < 2**31):
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {least}")
+        return int(text)
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """An argparse type: a number above 0, whose tenfold (Adam's first step) float32 can hold."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e37:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0 and below 1e37")
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number between 0 and 1."""
+    if (value := positive(text)) < 1:
+        return value
+    raise argparse.ArgumentTypeError(f"'{text}' is not a number between 0 and 1")

@@ -1,0 +1,110 @@
+"""Files: strangers' are read safely, ours are written whole or not at all."""
+
+import contextlib
+import errno
+import glob
+import io
+import os
+import pickle
+import shutil
+import stat
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+
+from transfer.console import UserError, reason_of, shown
+
+CHECKPOINT_BYTES = 100_000_000  # a ResNet-18 twice: the old file and the new one
+
+
+def open_regular(path: str | bytes | os.PathLike) -> io.BufferedReader:
+    """Open a regular file to read its bytes; a FIFO would wait for a writer. Raises OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return open(path, "rb")
+
+
+def load_untrusted(path: Path, mmap: bool = False) -> object:
+    """What torch.save wrote: tensors and plain values. Raises UserError where it is damaged or holds more."""
+    name = shown(path)
+    try:
+        file = open_regular(path)
+    except OSError as error:
+        raise UserError(f"{name}: {reason_of(error)}; name a file of weights") from None
+    try:
+        with file:
+            if zipfile.is_zipfile(file):
+                check_zip(file)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # parsers of untrusted bytes: damage comes as nearly any exception there is
+        code = isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower()
+        reason = "not a weights file: it holds more than tensors" if code else "damaged, or not a weights file"
+        raise UserError(f"{name}: {reason}; get it again from its source") from None
+
+
+def check_zip(file: io.BufferedIOBase) -> None:
+    """Raises ValueError unless every member's checksum holds and none claims more bytes than the file has."""
+    size = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        # torch leaves a member that is marked as a folder (DOS attribute 0x10) unread: its tensor would be whatever
+        # the memory held before. One flipped bit does that, and no checksum covers it.
+        folders = any(member.is_dir() or member.external_attr & 0x10 for member in members)
+        if folders or sum(member.file_size for member in members) > size or archive.testzip() is not None:
+            raise ValueError("checksum")
+
+
+def save_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write beside the file, then rename: at any moment the file is the old one or the new one, whole.
+
+    Raises UserError (status 1) where the disk is full or fails.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = "disk full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else reason_of(error)
+        raise UserError(f"{shown(path)}: {reason}; what was saved before is intact", status=1) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def save_tensors(path: Path, content: object) -> None:
+    """`torch.save`, atomically: through memory, so that a failing disk raises what `save_atomically` catches."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    save_atomically(path, buffer.getbuffer())
+
+
+def prepare_output(path: Path, cache: Path | None) -> None:
+    """Check that a checkpoint can be saved there and features kept; sweep what a killed run left. Raises UserError."""
+    name, folder = shown(path), path.parent
+    if path.is_dir():
+        raise UserError(f"--out {name}: is a directory; name a file, such as {shown(path / 'best.pth')}")
+    if path.suffix == ".csv":
+        raise UserError(f"--out {name}: the .csv beside the checkpoint has this name; end it in .pth")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+        for saved in (path, path.with_suffix(".csv")):
+            for stale in folder.glob(f".{glob.escape(saved.name)}.*.tmp"):
+                stale.unlink(missing_ok=True)
+    except OSError as error:
+        why = f"can't write in {shown(folder)} ({reason_of(error)})"
+        raise UserError(f"--out {name}: {why}; name another folder") from None
+    try:
+        if cache:
+            cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--cache {shown(cache)}: {reason_of(error)}; name a folder") from None
+    if free < CHECKPOINT_BYTES:
+        raise UserError(
+            f"--out {name}: disk full ({free >> 20} MB free, {CHECKPOINT_BYTES >> 20} needed); free some space"
+        )

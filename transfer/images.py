@@ -1,0 +1,82 @@
+"""Images: a file of any allowed format to upright RGB pixels."""
+
+import contextlib
+import io
+import os
+import warnings
+
+import numpy as np
+from PIL import Image, ImageChops, ImageOps
+
+from transfer.console import reason_of, shown
+from transfer.files import open_regular
+
+DRAFT_SIZE = (600, 600)  # a JPEG is decoded at an eighth, a quarter or half its size where that is no smaller
+MAX_PIXELS = 89_478_485  # Pillow's own warning limit for decompression bombs
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # MPO opens as JPEG
+
+
+class ImageError(Exception):
+    """Why one image can't be used."""
+
+
+def read_image(path: str | bytes | os.PathLike) -> Image.Image:
+    """Decode one image to upright RGB, large JPEGs at reduced scale. Raises ImageError with the reason."""
+    try:
+        with open_regular(path) as file:
+            return decode_image(file)
+    except OSError as error:
+        raise ImageError(reason_of(error)) from None
+
+
+def decode_image(file: io.BufferedIOBase) -> Image.Image:
+    """The image in an open file, as `read_image` gives it."""
+    head = file.read(32)
+    file.seek(0)
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"):
+        raise ImageError("HEIC; convert it to JPEG")
+    # Pillow raises nearly every exception there is on damaged bytes, and warns of what is handled here.
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(file, formats=IMAGE_FORMATS)
+            canvases = 3 if image.format == "WEBP" else 1  # that its decoder holds at once, of a still image too
+            if image.width * image.height * canvases > MAX_PIXELS:
+                limit = f"{MAX_PIXELS // canvases:,}{' for WebP' if canvases > 1 else ''}"
+                raise ImageError(f"{image.width}x{image.height} pixels, over the limit of {limit}")
+            if image.format == "PNG":  # reading pixels skips their checksums
+                image.verify()
+                file.seek(0)
+                image = Image.open(file, formats=IMAGE_FORMATS)
+            image.draft("RGB", DRAFT_SIZE)
+            image.load()
+            return as_rgb(upright(image))
+    except ImageError:
+        raise
+    except (Image.UnidentifiedImageError, Image.DecompressionBombError) as error:
+        bomb = isinstance(error, Image.DecompressionBombError)
+        raise ImageError(f"over the limit of {MAX_PIXELS:,} pixels" if bomb else "not an image") from None
+    except Exception as error:
+        raise ImageError(f"damaged ({shown(str(error)) or type(error).__name__})") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image itself, turned as its EXIF orientation says; as stored where that can't be read."""
+    with contextlib.suppress(Exception):  # damaged EXIF raises anything; the pixels are sound
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB: transparency on white, 16-bit grey scaled to 8. Raises ImageError for 32-bit pixels."""
+    if image.mode in ("I", "F"):
+        raise ImageError("32-bit pixels; convert it to 8 or 16 bits")
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        # No copy more than this: of the largest images each is a third of a gigabyte.
+        alpha = (image if image.mode in ("RGBA", "LA") else image.convert("RGBA")).getchannel("A")
+        colour = image.convert("RGB")
+        colour.paste("white", mask=ImageChops.invert(alpha))
+        return colour
+    return image if image.mode == "RGB" else image.convert("RGB")

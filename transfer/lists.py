@@ -1,0 +1,224 @@
+"""Lists: text files of `path label` lines, checked, and divided by class."""
+
+import itertools
+import os
+import stat
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from transfer.console import SHOWN_PROBLEMS, UserError, first_ten, first_three, reason_of, shown, warn
+
+MAX_CLASSES = 100_000  # beyond this a label is a slip of the pen, and its head would not fit
+
+
+class ImageList:
+    """A parsed list of n images. Tensors rather than objects, so that workers share one copy.
+
+    text: all paths as bytes, joined by newlines; ends: (n,) where each ends in it;
+    labels: (n,) from 0; lines: (n,) line numbers in the list file `name`.
+    """
+
+    def __init__(self, name: str, paths: Sequence[bytes], labels: Sequence[int], lines: Sequence[int]):
+        self.name = name
+        self.text = torch.frombuffer(bytearray(b"\n".join(paths) + b"\n"), dtype=torch.uint8)
+        self.ends = torch.tensor([len(path) + 1 for path in paths], dtype=torch.int64).cumsum(0) - 1
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.lines = torch.tensor(lines, dtype=torch.int32)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, index: int) -> bytes:
+        start = int(self.ends[index - 1]) + 1 if index else 0
+        return self.text[start : int(self.ends[index])].numpy().tobytes()
+
+    def paths(self) -> list[bytes]:
+        # By their ends: a name may hold a newline itself.
+        text, starts = self.text.numpy().tobytes(), [0, *(self.ends + 1).tolist()]
+        return [text[start : end - 1] for start, end in itertools.pairwise(starts)]
+
+    def subset(self, rows: Sequence[int]) -> "ImageList":
+        paths, labels, lines = self.paths(), self.labels.tolist(), self.lines.tolist()
+        return ImageList(self.name, [paths[r] for r in rows], [labels[r] for r in rows], [lines[r] for r in rows])
+
+    def where(self, index: int) -> str:
+        return f"{self.name}:{self.lines[index]}: {shown(self.path(index))}"
+
+
+def file_problem(path: bytes) -> str | None:
+    """Why no image can be read from this path, as far as the file system knows; None where it may."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        return "no such image" if isinstance(error, FileNotFoundError) else reason_of(error)
+    if stat.S_ISDIR(mode):
+        return "is a directory, not an image"
+    # One more system call only where the mode does not already say that everybody may read.
+    if mode & 0o444 != 0o444 and not os.access(path, os.R_OK):
+        return "no permission to read it"
+    return None
+
+
+def missing_hint(path: bytes, list_path: Path) -> str:
+    """What most often makes a listed path miss its file."""
+    if path[:1] in b"\"'" and path[-1:] == path[:1]:
+        return "remove the quotes: paths may hold spaces as they are"
+    if path.endswith((b",", b";")):
+        return "remove the comma: path and label are separated by white space"
+    if b"\\" in path and os.path.exists(path.replace(b"\\", b"/")):
+        return "write / instead of \\"
+    if os.path.exists(os.path.join(os.fsencode(list_path.parent), path)):
+        return f"it lies beside the list: add --root {shown(list_path.parent)}"
+    return "paths are relative to the working directory, or to --root DIR"
+
+
+class ListsError(UserError):
+    """All that is wrong in the lists: the first ten problems and their number."""
+
+    def __init__(self, problems: Sequence[str]):
+        total = f"{len(problems):,} problem{'s' * (len(problems) > 1)} in the lists"
+        super().__init__(*first_ten(problems, total, "mend the lines and run again"))
+
+
+def read_text(path: Path) -> bytes:
+    """A text file's bytes, known to be UTF-8, without BOM. Raises UserError."""
+    name = shown(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{name}: {reason_of(error)}; name an existing text file") from None
+
+    def line_of(at: int) -> int:
+        return raw.count(b"\n", 0, at) + 1
+
+    nul = raw.find(b"\0")
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or 0 <= nul < 1000:  # every other byte of English in UTF-16
+        raise UserError(f"{name}:1: looks like UTF-16; save it as UTF-8")
+    if nul >= 0:
+        raise UserError(f"{name}:{line_of(nul)}: holds a NUL byte; not a text list")
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = f"{name}:{line_of(error.start)}"
+        raise UserError(f"{where}: not UTF-8 (Latin-1 or Windows-1252, perhaps); save it as UTF-8") from None
+    return raw.removeprefix(b"\xef\xbb\xbf")
+
+
+def label_problem(fields: Sequence[bytes]) -> str | None:
+    """What keeps the last of a line's fields from being a label."""
+    label = fields[-1]
+    if len(fields) == 1:
+        comma = b"," in label or b";" in label
+        return f"no label; separate path and label by {'a space, not a comma' if comma else 'white space'}"
+    if not label.isdigit():  # of bytes: ASCII digits alone
+        return f"label '{shown(label)}' is not a whole number; number the classes 0, 1, 2, ..."
+    if len(label) > 18 or int(label) >= MAX_CLASSES:
+        return f"label {shown(label)[:24]} is not below {MAX_CLASSES:,}; number the classes 0, 1, 2, ..."
+    return None
+
+
+def read_list(list_path: Path, root: Path) -> tuple[ImageList, list[str]]:
+    """Parse `path label` lines. Returns the images and all problems, each as `FILE:LINE: reason; fix`.
+
+    Lines are bytes until they are shown: no locale has a say in them.
+    """
+    name, prefix = shown(list_path), b"" if root == Path() else os.path.join(os.fsencode(root), b"")
+    paths, labels, lines, problems = [], [], [], []
+    seen = {}  # path: its place in the list
+    repeats = 0
+    for number, line in enumerate(read_text(list_path).split(b"\n"), 1):
+        fields = line.rsplit(None, 1)
+        entry = fields[0].strip() if fields else b"#"
+        if entry[:1] == b"#":
+            continue
+        if problem := label_problem(fields):
+            problems.append(f"{name}:{number}: {problem}")
+            continue
+        entry, label = entry.removeprefix(b"./"), int(fields[1])
+        path = os.path.join(prefix, entry) if prefix else entry
+        earlier = seen.setdefault(path, len(paths))
+        if earlier < len(paths):
+            repeats += 1
+            if labels[earlier] != label:
+                both = f"label {label} here and {labels[earlier]} on line {lines[earlier]}"
+                problems.append(f"{name}:{number}: {shown(entry)} has {both}; keep one of the two")
+            continue
+        if problem := file_problem(path):
+            hint = missing_hint(entry, list_path) if problem == "no such image" else "mend or remove the line"
+            problems.append(f"{name}:{number}: {shown(entry)}: {problem}; {hint}")
+        paths.append(path)
+        labels.append(label)
+        lines.append(number)
+    if not paths and not problems:
+        problems.append(f"{name}:1: the list is empty; each line is: path, white space, label")
+    if repeats:
+        warn(f"{name}: {repeats:,} repeated line{'s' * (repeats > 1)} dropped")
+    return ImageList(name, paths, labels, lines), problems
+
+
+def read_lists(train_path: Path, test_path: Path, root: Path) -> tuple[ImageList, ImageList]:
+    """Both lists, checked. Raises UserError with the first problems of both together."""
+    train, problems = read_list(train_path, root)
+    test, more = read_list(test_path, root)
+    problems += more
+    known = torch.bincount(train.labels) if len(train) else torch.zeros(1)
+    for index in torch.nonzero(~torch.isin(test.labels, known.nonzero())).flatten().tolist() if len(train) else []:
+        problems.append(
+            f"{test.name}:{test.lines[index]}: label {test.labels[index]} is not in {train.name}; "
+            "add training images of it or remove the line"
+        )
+    if problems:
+        raise ListsError(problems)
+    if gaps := torch.nonzero(known == 0).flatten().tolist():
+        warn(f"{train.name}: no image has label {first_three(gaps)}: its class can never be learned")
+    if single := torch.nonzero(known == 1).flatten().tolist():
+        warn(f"{train.name}: only one image has label {first_three(single)}: its class is learned by heart")
+    return train, test
+
+
+def class_names(listed: ImageList, classes_path: Path | None, classes: int) -> list[str]:
+    """One name a class: from the file, else from the folders where they tell the classes apart, else numbers."""
+    if classes_path is not None:
+        names = [line.strip() for line in read_text(classes_path).decode().splitlines() if line.strip()]
+        if len(names) != classes:
+            raise UserError(f"{shown(classes_path)}: {len(names)} names for {classes} classes; write one name a line")
+        return names
+    folders = defaultdict(set)
+    for path, label in zip(listed.paths(), listed.labels.tolist()):
+        folders[label].add(os.path.dirname(path))
+    found = {label: {os.path.basename(folder) for folder in each} for label, each in folders.items()}
+    names = [os.fsdecode(next(iter(found[c]))) if len(found.get(c, ())) == 1 else "" for c in range(classes)]
+    telling = all(names) and len(set(names)) == classes
+    return names if telling else [str(label) for label in range(classes)]
+
+
+def split_validation(listed: ImageList, fraction: float, seed: int) -> tuple[ImageList, ImageList]:
+    """What is left to train on, and a fraction of each class drawn by seed: at least one image, never all of them.
+
+    Raises UserError where every class has a single image.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held = []
+    for label in listed.labels.unique():
+        rows = (listed.labels == label).nonzero().flatten()
+        count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+        held += rows[torch.randperm(len(rows), generator=generator)[:count]].tolist()
+    if not held:
+        raise UserError(
+            f"--val-split: {listed.name} has one image of each class, none to spare; add some or leave it out"
+        )
+    kept = sorted(set(range(len(listed))) - set(held))
+    return listed.subset(kept), listed.subset(sorted(held))
+
+
+def check_unread(listed: ImageList, unread: dict[int, str], tolerated: float) -> None:
+    """Warn of each image that could not be read. Raises UserError (status 1) where they are too many."""
+    lines = [f"{listed.where(index)}: {reason}" for index, reason in sorted(unread.items())]
+    if len(lines) > tolerated or len(lines) == len(listed):
+        total = f"{listed.name}: {len(lines):,} of {len(listed):,} images can't be read"
+        raise UserError(*first_ten(lines, total, "mend or remove these lines"), status=1)
+    for line in lines[:SHOWN_PROBLEMS]:
+        warn(f"{line}; skipped")

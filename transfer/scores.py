@@ -1,0 +1,132 @@
+"""Scores: what is right and wrong on a list with labels, and its table."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from transfer.console import shown
+
+NONE = "–"  # in place of 0 / 0
+MOST_LETTERS = 24  # of a class name in the table
+
+
+class Scores:
+    """What is right and wrong, gathered image by image: memory grows with the classes and the kinds of mistakes.
+
+    images, guessed, hits: (C,) images of each class, taken for it, and both; mistakes: (label, guess): images.
+    """
+
+    def __init__(self, classes: int):
+        self.images, self.guessed, self.hits = (torch.zeros(classes, dtype=torch.int64) for _ in range(3))
+        self.mistakes = Counter()
+        self.in_top3 = 0
+
+    def add(self, label: int, probs: Tensor) -> None:
+        """One image: its label and its probabilities (C,)."""
+        top = probs.topk(min(3, len(probs))).indices.tolist()
+        self.images[label] += 1
+        self.guessed[top[0]] += 1
+        if top[0] == label:
+            self.hits[label] += 1
+        else:
+            self.mistakes[label, top[0]] += 1
+        self.in_top3 += label in top
+
+    @property
+    def count(self) -> int:
+        return int(self.images.sum())
+
+    @property
+    def right(self) -> int:
+        return int(self.hits.sum())
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.count
+
+    @property
+    def accuracy_interval(self) -> tuple[float, float]:
+        return wilson(self.right, self.count)
+
+    @property
+    def top3(self) -> float:
+        return self.in_top3 / self.count
+
+    @property
+    def top3_interval(self) -> tuple[float, float]:
+        return wilson(self.in_top3, self.count)
+
+    # NaN, of 0 / 0, where a class has no images or is never predicted.
+    @property
+    def precision(self) -> Tensor:
+        return self.hits / self.guessed
+
+    @property
+    def recall(self) -> Tensor:
+        return self.hits / self.images
+
+    @property
+    def f1(self) -> Tensor:
+        return 2 * self.hits / (self.images + self.guessed)
+
+    def taken_for(self) -> dict[int, tuple[int, int]]:
+        """Of each class with mistakes: the class that it is most often taken for, and how often."""
+        most = {}
+        for (label, guess), count in sorted(self.mistakes.items()):
+            if count > most.get(label, (0, 0))[1]:
+                most[label] = guess, count
+        return most
+
+    def worst_first(self) -> list[int]:
+        """The classes by rising recall; those without images come last."""
+        recall = self.recall.tolist()
+        return sorted(range(len(recall)), key=lambda label: (math.isnan(recall[label]), recall[label], label))
+
+
+def likeliest(probs: Tensor, classes: Sequence[str], count: int) -> list[tuple[str, float]]:
+    """The first so many classes of one image's probabilities (C,), likeliest first."""
+    values, labels = probs.topk(min(count, len(classes)))
+    return [(classes[label], value) for label, value in zip(labels.tolist(), values.tolist())]
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson, 1927, JASA 22): it stays within 0 and 1 and holds for small counts."""
+    z, part = 1.959964, right / count
+    centre = part + z * z / (2 * count)
+    spread = z * math.sqrt(part * (1 - part) / count + z * z / (4 * count * count))
+    low, high = (max(0.0, (centre + sign * spread) / (1 + z * z / count)) for sign in (-1, 1))
+    return low, min(1.0, high)
+
+
+def percent(value: float) -> str:
+    return NONE if math.isnan(value) else f"{value:.1%}"
+
+
+def score_table(scores: Scores, classes: Sequence[str]) -> str:
+    """Accuracy, then a line a class, worst recall first, then macro averages as scikit-learn takes them."""
+    lines = []
+    for what, right, part, (low, high) in (
+        ("accuracy", scores.right, scores.accuracy, scores.accuracy_interval),
+        ("top-3", scores.in_top3, scores.top3, scores.top3_interval),
+    ):
+        interval = f"95% interval {low:.1%} to {high:.1%}"
+        lines.append(f"{what:<8}  {part:7.2%}  {right:,} of {scores.count:,}, {interval}")
+    # Of long names the table shows the beginning.
+    names = [name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 1]}…" for name in map(shown, classes)]
+    width = max(map(len, [*names, "macro average"]))
+    lines += ["", f"{'class':<{width}}  images  precision   recall       F1  most often taken for"]
+    images, taken_for, order = scores.images.tolist(), scores.taken_for(), scores.worst_first()
+    columns = [column.tolist() for column in (scores.precision, scores.recall, scores.f1)]
+    for label in order:
+        guess, times = taken_for.get(label, (None, 0))
+        other = f"{names[guess]} ({times:,})" if times else ""
+        precision, recall, f1 = (percent(column[label]) for column in columns)
+        line = f"{names[label]:<{width}}  {images[label]:6,}  {precision:>9}  {recall:>7}  {f1:>7}  {other}"
+        lines.append(line.rstrip())
+    present = [label for label in order if not math.isnan(columns[2][label])]
+    means = [sum(0 if math.isnan(column[c]) else column[c] for c in present) / len(present) for column in columns]
+    lines.append(f"{'macro average':<{width}}  {scores.count:6,}  {means[0]:9.1%}  {means[1]:7.1%}  {means[2]:7.1%}")
+    return "\n".join(lines)

@@ -16,7 +16,9 @@ import argparse
 import csv
 import functools
 import io
+import itertools
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,12 +36,12 @@ from torchvision.models import resnet18
 
 from transfer import finetune
 from transfer.backbone import backbone_of, inference_copy
-from transfer.checkpoint import find_weights, load_checkpoint, save_checkpoint
+from transfer.checkpoint import find_weights, load_checkpoint, replaced_by, save_checkpoint
 from transfer.console import Help, UserError, fraction, one_line_errors, positive, shown, warn, whole
 from transfer.device import Compute, pick_device, pick_precision
 from transfer.distributed import cores_of_rank, join_ranks, my_rank
 from transfer.features import Features, extract_features, warn_of_overlap
-from transfer.files import prepare_output, save_atomically
+from transfer.files import check_outputs, keep_previous, outputs_of, prepare_output, previous_of, save_atomically
 from transfer.images import ImageError, read_image
 from transfer.lists import ImageList, class_names, read_lists, split_validation
 
@@ -166,9 +168,11 @@ def train_one_epoch(
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
     """Mean loss and accuracy over all samples."""
+    # Not through DistributedDataParallel: a rank may have nothing to evaluate, and would miss from its forward pass.
+    network = model.module if isinstance(model, DistributedDataParallel) else model
     total_loss, right, count = 0.0, 0, 0
     for inputs, labels in batches:
-        logits = model(inputs)
+        logits = network(inputs)
         total_loss += F.cross_entropy(logits, labels, reduction="sum").item()
         right += (logits.argmax(1) == labels).sum().item()
         count += len(labels)
@@ -239,6 +243,9 @@ class History:
             self.best_epoch, self.best_accuracy = epoch, val[1]
         if my_rank():
             return
+        if len(self.rows) == 1:  # the first epoch, which is the best so far
+            keep_previous(self.out)
+            keep_previous(self.path)
         if best:
             seconds = round(time.perf_counter() - self.began, 3)
             self.save({**self.about, "epoch": epoch, "accuracy": val[1], "seconds": seconds})
@@ -293,6 +300,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def report_command(test: Path, model: Path, root: Path) -> str:
+    """What to paste into a shell in this folder to see what the model gets wrong."""
+    script = Path(__file__).with_name("predict.py")
+    command = ["python", str(script.relative_to(Path.cwd())) if script.is_relative_to(Path.cwd()) else str(script)]
+    command += [str(test), "--report", "report.html"]
+    command += ["--model", str(model)] if model != Path("best.pth") else []
+    command += ["--root", str(root)] if root != Path() else []
+    return shlex.join(command)
+
+
 def describe(args: argparse.Namespace, compute: Compute, origin: str, names: list[str], chosen_on: str) -> dict:
     """What a checkpoint says of the run that made it."""
     return {
@@ -314,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Everything that can be checked is, before the first expensive step.
     device = pick_device(args.device)
     workers = cores_of_rank() if args.workers is None else args.workers
-    compute = Compute(device, pick_precision(args.precision, device), workers)
+    compute = Compute(device, pick_precision(args.precision, device, training=args.finetune_epochs > 0), workers)
     train, test = read_lists(args.train, args.test, args.root)
     classes = int(train.labels.max()) + 1
     names = class_names(train, args.classes, classes)
@@ -322,6 +339,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, val = split_validation(train, args.val_split, view_seed) if args.val_split else (train, test)
     chosen_on = f"{args.val_split:.0%} of {train.name}" if args.val_split else test.name
     prepare_output(args.out, args.cache)
+    read = [path for path in (args.train, args.test, args.classes, args.weights) if path]
+    check_outputs("--out", outputs_of(args.out), itertools.chain(read, train.each_path(), test.each_path()))
     weights, origin, caveats = find_weights(args.weights)
     join_ranks()
     for caveat in caveats:
@@ -330,15 +349,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"backbone  ResNet-18, {origin}")
     print(f"data      {len(train):,} training and {len(test):,} test images of {classes} classes")
     print(f"best      epoch chosen on {chosen_on}", flush=True)
+    if old := replaced_by(args.out):
+        print(f"replaces  {old}; kept as {shown(previous_of(args.out))}", flush=True)
 
     # One pass: the features of every view. A cache keeps all views, whatever the epochs of this run.
     model = build_model(classes, weights, args.seed)
     backbone = inference_copy(backbone_of(model), compute)
     extract = functools.partial(extract_features, backbone, compute=compute, cache=args.cache)
     views = range(args.views if args.cache else min(args.views, args.epochs))
+    # The lists in which no image may be unreadable come first, so that one does not end the run after the longest.
+    test_features = extract(Views(test, [0], view_seed))
+    val_features = extract(Views(val, [0], view_seed)) if args.val_split else test_features
     features = extract(Views(train, views, view_seed), tolerated=max(1, len(train) // 100))
-    val_features = extract(Views(val, [0], view_seed))
-    test_features = extract(Views(test, [0], view_seed)) if args.val_split else val_features
 
     about = describe(args, compute, origin, names, chosen_on)
     about |= {"train_images": len(features.rows), "test_images": len(test)}
@@ -366,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.val_split:
             known = test_features if history.best_epoch <= args.epochs else None
             print(f"test      accuracy {score_test(args.out, test, known, compute):.2%}, scored once")
-        print(f"next      python predict.py {shown(args.test)} --report report.html")
+        print(f"next      {report_command(args.test, args.out, args.root)}")
     if dist.is_initialized():
         dist.destroy_process_group()  # left to the interpreter's end, its threads may abort the process
 

@@ -1,7 +1,9 @@
 """Ranks: slices, deaths, one model."""
 
+import errno
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -9,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, chunks_in, go, rows_of, same, weights_of
+from conftest import ROOT, chunks_in, go, rows_of, run_main, run_script, same, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
 
+import predict
 import train
 from transfer.checkpoint import load_checkpoint
 from transfer.distributed import rank_slice
@@ -20,18 +23,19 @@ from transfer.distributed import rank_slice
 pytestmark = pytest.mark.usefixtures("tiny")
 
 
-@given(st.integers(0, 50), st.integers(1, 9))
-def test_ranks_share_all_rows_in_order_in_equal_slices(count, world):
+@given(st.integers(0, 50), st.integers(1, 9), st.integers(1, 7))
+def test_ranks_share_all_rows_in_order_in_equal_slices_of_whole_chunks(count, world, step):
     def share(rank):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("transfer.distributed.world_size", lambda: world)
             patch.setattr("transfer.distributed.my_rank", lambda: rank)
             patch.setattr(train.dist, "is_initialized", lambda: True)
-            return rank_slice(count)
+            return rank_slice(count, step=step)
 
     shares = [share(rank) for rank in range(world)]
     assert [row for each in shares for row in each] == list(range(count))
-    assert all(len(each) <= -(-count // world) for each in shares)
+    assert all(len(each) <= -(-(-(-count // step)) // world) * step for each in shares)
+    assert all(each.start % step == 0 for each in shares if each)
 
 
 def torchrun(script, *args, ranks=2, restarts=0):
@@ -51,16 +55,17 @@ def feature_rows(folder):
 GLOO = r"(?m)^(\[Gloo\].*|.*is connected to \d+ peer ranks.*|\d+ is connected.*)\n"
 
 
-# Chunks of 2 images. At its third, in the second chunk, rank 1 dies, but not when it is started again.
+# Chunks of 2 images. At its fifth, in the third chunk, rank 1 dies, but not when it is started again.
 DIE = """
 import os, sys, train
 from transfer import backbone, features
 read, decoded = train.read_image, []
 features.CHUNK_ROWS, backbone.PASS_BATCH["cpu"] = 2, 4
+features.gather_rows = lambda *_: open("sent", "w")
 first, rank = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", os.environ["RANK"]
 def read_photo(path):
     decoded.append(os.fsdecode(path))
-    if first and rank == "1" and len(decoded) == 3:
+    if first and rank == "1" and len(decoded) == 5:
         os._exit(1)
     return read(path)
 train.read_image = read_photo
@@ -69,7 +74,9 @@ open(f"decoded{rank}", "w").write("\\n".join(decoded))
 """
 
 
-def test_two_ranks_one_of_which_dies_once_give_the_features_and_the_head_of_one_byte_for_byte(colours, full_size):
+def test_two_ranks_one_of_which_dies_once_give_the_features_and_the_head_of_one_byte_for_byte(
+    colours, full_size, monkeypatch
+):
     lines = Path("train.txt").read_text().splitlines()
     Path("train.txt").write_text("\n".join(lines[:-1]))  # 11 images, of which 3 are for the validation
     Path("die.py").write_text(DIE)
@@ -81,14 +88,20 @@ def test_two_ranks_one_of_which_dies_once_give_the_features_and_the_head_of_one_
     assert done.returncode == 0, done.stderr
     assert same(expected, weights_of()) and rows == rows_of() and feature_rows("one") == feature_rows("two")
     assert len(chunks_in("two")) == 2 * 2 + (1 + 1) + 2 * 3  # of both ranks: 8 training, 3 validation, 12 test images
-    # Rank 1 had kept 2 of its 4 training images; of the others each rank has its slice.
+    # Rank 1 had kept 4 of its 6 test images; of validation and training list it has one and four.
     decoded = Path("decoded1").read_text().splitlines()
-    assert ["train" in path for path in decoded] == [True] * 3 + [False] * 6
+    assert ["train" in path for path in decoded] == [False] * 2 + [True] * 5
+    assert not Path("sent").exists()  # rank 0 mapped what both had kept
     # Rank 0 alone prints: the same lines, each once, after those of the first attempt.
     timeless = lambda text: re.sub(r"in [\d.]+ s$", "", text, flags=re.MULTILINE)  # noqa: E731
     said = re.sub(GLOO, "", done.stdout)
     assert timeless(said).endswith(timeless(out)) and said.count("saved  ") == 1
     assert "Traceback" not in done.stderr and "warning: " not in done.stderr
+    # And one process finds all that two had kept.
+    monkeypatch.setattr("transfer.features.CHUNK_ROWS", 2)
+    monkeypatch.setattr(train, "read_image", lambda path: pytest.fail(f"decoded {path} again"))
+    go(*options, "--cache", "two")
+    assert same(expected, weights_of())
 
 
 # Fine-tuning with scripted accuracies; a rank notes its weights of each step, and after the fifth rank 1 dies.
@@ -132,3 +145,53 @@ def test_two_ranks_fine_tune_one_model_and_the_death_of_one_ends_the_run_with_be
     epochs = [line.split()[0] for line in done.stdout.splitlines() if line[:5].strip().isdigit()]
     assert epochs == ["1", "2", "3"] == [row["epoch"] for row in rows_of()]
     assert not list(Path().glob(".*.tmp"))
+
+
+def test_three_ranks_fine_tune_and_evaluate_four_test_images_of_which_one_rank_has_none(few):
+    lines = Path("test.txt").read_text().splitlines()
+    Path("test.txt").write_text("\n".join(lines[:4]))
+    Path("tiny.py").write_text(TINY)
+    options = "--weights none --workers 0 --epochs 1 --views 1 --batch-size 6 --finetune-epochs 2".split()
+    done = torchrun("tiny.py", *options, ranks=3)
+    assert done.returncode == 0, done.stderr
+    (accuracy,) = re.findall(r"best      test accuracy ([\d.]+%)", done.stdout)
+    status, out, err = run_main(predict.main, "test.txt", "--workers", 0)
+    assert status == 0 and f"accuracy  {accuracy:>7}  " in out, err
+    assert [row["epoch"] for row in rows_of()] == ["1", "2", "3"]
+
+
+def test_each_rank_tells_its_own_error_with_its_number_and_host(few):
+    other = "['--test', 'none.txt'] if os.environ['RANK'] == '1' else []"
+    Path("other.py").write_text(f"import os, sys, train\ntrain.main([*sys.argv[1:], *({other})])")
+    done = torchrun("other.py", "--weights", "none", "--workers", 0, "--epochs", 1)
+    assert done.returncode == 1
+    reason = os.strerror(errno.ENOENT).lower()
+    line = f"error: rank 1 on {socket.gethostname()}: none.txt: {reason}; name an existing text file"
+    assert line in done.stderr.splitlines() and not Path("best.pth").exists()
+
+
+# The views of 64 pixels that this process has too.
+TINY = """
+import sys, train
+from torchvision import transforms as T
+train.EVALUATION_VIEW, train.RESIZE_TRAINING = T.Resize((64, 64)), T.Resize((86, 86))
+train.TRAINING_VIEW.transforms[1] = T.CenterCrop(64)
+train.main(sys.argv[1:])
+"""
+
+
+def test_without_a_cache_the_features_are_sent_to_rank_0_and_are_those_of_one_process(few):
+    options = ("--epochs", 2, "--views", 2)
+    go(*options)
+    expected, rows = weights_of(), rows_of()
+    os.unlink("best.pth")
+    Path("tiny.py").write_text(TINY)
+    done = torchrun("tiny.py", "--weights", "none", "--workers", 0, *options, ranks=4)  # of 6 images 2, 2, 2 and none
+    assert done.returncode == 0, done.stderr
+    assert same(expected, weights_of()) and rows == rows_of()
+
+
+def test_a_rank_left_over_in_a_shell_makes_no_silent_run(few):
+    done = run_script("train.py", "--weights", "none", "--workers", 0, "--epochs", 1, cwd=few, RANK="1", LOCAL_RANK="1")
+    assert done.returncode == 0 and "saved     best.pth" in done.stdout
+    assert Path("best.pth").exists()

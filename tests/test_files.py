@@ -123,9 +123,10 @@ def test_whichever_write_fails_the_last_whole_files_stay(job, monkeypatch, call,
         assert not list(Path().glob(".*.tmp"))
         if status == 0:
             break
-        failed.append(re.fullmatch(rf"error: (best\.\w+): {words}; what was saved before is intact\n", err)[1])
+        failed.append(re.fullmatch(rf"error: (best[.\w]+): {words}; what was saved before is intact\n", err)[1])
         assert status == 1
-    assert failed == ["best.pth", "best.csv"] * 2
+    kept = ["best.previous.pth", "best.previous.csv"] if call == "replace" else []  # links, which write nothing
+    assert failed == [*kept, *["best.pth", "best.csv"] * 2]
 
 
 def test_a_full_disk_is_found_before_training(trained, monkeypatch):
@@ -133,7 +134,7 @@ def test_a_full_disk_is_found_before_training(trained, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5 << 20}))
     status, out, err = trained()
     assert (status, out) == (2, "")
-    assert err == "error: --out best.pth: disk full (5 MB free, 95 needed); free some space\n"
+    assert err == "error: --out best.pth: disk full (5 MB free, 143 needed); free some space\n"
     assert Path("best.pth").read_bytes() == before
 
 
@@ -159,3 +160,43 @@ def test_a_folder_that_takes_no_files_is_found_before_training(job, monkeypatch,
 )
 def test_an_impossible_output_is_found_before_training(job, out, problem):
     assert job("--out", out) == (2, "", f"error: --out {out}: {problem}\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--out", "train.txt"), "train.txt is read by this run; name another file to write"),
+        (("--train", "data.csv", "--out", "data.pth"), "data.csv is read by this run; name another file to write"),
+        (("--classes", "names", "--out", "names"), "names is read by this run; name another file to write"),
+        (("--out", "red/train_0.png"), "red/train_0.png is read by this run; name another file to write"),
+        (("--out", "link.pth"), "link.pth is read by this run; name another file to write"),
+        (("--weights", "old.pth", "--out", "old.pth"), "old.pth is read by this run; name another file to write"),
+        (
+            ("--train", "o.previous.csv", "--out", "o.pth"),
+            "o.previous.csv is read by this run; name another file to write",
+        ),
+        (("--out", "fifo.pth"), "fifo.pth is no regular file, and would be replaced; name another"),
+        (("--out", "/dev/null"), "/dev/null is no regular file, and would be replaced; name another"),
+    ],
+)
+def test_an_output_that_would_destroy_an_input_or_a_device_is_found_before_training(job, options, problem):
+    for name in ("data.csv", "o.previous.csv"):
+        shutil.copy("train.txt", name)
+    Path("names").write_text("red\ngreen\nblue\n")
+    Path("old.pth").write_bytes(b"weights")
+    os.symlink("test.txt", "link.pth")
+    os.mkfifo("fifo.pth")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    status, out, err = job(*options)
+    assert (status, out) == (2, "") and err.startswith(f"error: --out: {problem}") and err.count("\n") == 1
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_a_link_for_a_checkpoint_stays_one_and_what_it_names_is_replaced(job):
+    os.mkdir("models")
+    os.symlink("models/first.pth", "best.pth")
+    assert job()[0] == 0  # there is nothing yet where it points
+    first = Path("models/first.pth").read_bytes()
+    assert job("--seed", 2)[0] == 0
+    assert os.path.islink("best.pth") and Path("models/first.pth").read_bytes() != first
+    assert Path("best.previous.pth").read_bytes() == first and os.listdir("models") == ["first.pth"]

@@ -302,3 +302,12 @@ def test_a_split_of_a_fifth_takes_a_fifth_of_each_class():
     assert torch.bincount(kept.labels).tolist() == [80, 8, 2, 1]
     other = split_validation(photos, 0.2, seed=1)[1]
     assert other.paths() != held.paths()
+
+
+def test_a_single_class_gets_a_warning_since_its_accuracy_says_nothing(job):
+    for name in ("train", "test"):
+        lines = [line for line in Path(f"{name}.txt").read_text().splitlines() if line.endswith(" 0")]
+        Path(f"{name}.txt").write_text("\n".join(lines))
+    status, out, err = job()
+    assert status == 0 and "100.00%" in out
+    assert err == "warning: train.txt: all images have one label: with a single class, 100% right says nothing\n"

@@ -98,7 +98,7 @@ def test_views_do_not_outnumber_epochs(colours, monkeypatch):
         train, "Views", lambda photos, views, seed: seen.append(len(views)) or original(photos, views, seed)
     )
     train.main(["--epochs", "2", "--views", "9", "--weights", "none", "--workers", "0"])
-    assert seen == [2, 1]
+    assert seen == [1, 2]
 
 
 def test_frozen_weights_and_buffers_keep_their_bits_and_the_head_learns(sample_run):
@@ -167,7 +167,7 @@ def test_the_main_job_reaches_its_accuracy_and_says_what_it_did(sample_run):
     assert lines[3] == "best      epoch chosen on test.txt"
     assert re.fullmatch(rf"saved     {out} and {out.with_suffix('.csv')} in [\d.]+ s", lines[25])
     assert lines[26] == f"best      test accuracy {best:.2f}%, epoch {first} (test.txt)"
-    assert lines[27] == "next      python predict.py test.txt --report report.html"
+    assert lines[27] == f"next      python predict.py test.txt --report report.html --model {out}"
     rows = read_csv(out.with_suffix(".csv"))
     assert [round(100 * float(row["test_accuracy"]), 2) for row in rows] == [float(match[5]) for match in epochs]
     assert [row["best"] == "1" for row in rows] == [bool(match[6]) for match in epochs]
@@ -247,3 +247,49 @@ def test_a_split_that_would_hold_nothing_out_is_an_error_before_any_work(few, qu
     assert status == 2
     (error,) = [line for line in err.splitlines() if line.startswith("error:")]
     assert "--val-split" in error and "train.txt" in error
+
+
+def test_the_printed_command_works_when_pasted(colours, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("else where")
+    monkeypatch.chdir(elsewhere)
+    root = os.path.relpath(colours)
+    lists = ("--train", f"{root}/train.txt", "--test", f"{root}/test.txt", "--root", root, "--out", "my model.pth")
+    status, out, err = run_main(train.main, *lists, "--weights", "none", "--workers", 0, "--epochs", 1)
+    assert status == 0, err
+    accuracy = re.search(r"^best      test accuracy ([\d.]+%)", out, re.MULTILINE)[1]
+    (command,) = re.findall(r"^next      (.*)", out, re.MULTILINE)
+    path = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))
+    done = subprocess.run(["bash", "-c", command], env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"accuracy  {accuracy:>7}  " in done.stdout and (elsewhere / "report.html").exists()
+
+
+def test_a_run_says_what_it_replaces_and_keeps_it(trained):
+    first = Path("best.pth").read_bytes()
+    about = load_checkpoint(Path("best.pth"))[1]
+    rows = Path("best.csv").read_text()
+    status, out, _ = trained("--seed", 3)
+    said = f"best.pth, {about['accuracy']:.2%} on test.txt, {about['date']}"
+    assert status == 0 and f"replaces  {said}; kept as best.previous.pth" in out.splitlines()[:6]
+    assert Path("best.previous.pth").read_bytes() == first != Path("best.pth").read_bytes()
+    assert Path("best.previous.csv").read_text() == rows
+    Path("best.pth").write_bytes(b"a poem")
+    status, out, _ = trained()
+    assert status == 0 and "replaces  best.pth (no checkpoint of ours); kept as best.previous.pth" in out
+    assert Path("best.previous.pth").read_bytes() == b"a poem"
+
+
+def test_a_run_that_ends_before_its_first_epoch_leaves_the_previous_checkpoint_alone(trained):
+    Path("best.previous.pth").write_bytes(b"the one before")
+    assert trained("--lr", 9e36)[0] == 1
+    assert Path("best.previous.pth").read_bytes() == b"the one before"
+
+
+def test_out_of_memory_in_a_training_step_is_one_line_with_the_way_out(trained, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(train, "train_one_epoch", fail)
+    status, _, err = trained()
+    fix = "run with a smaller --batch-size, or --device cpu"
+    assert (status, err) == (1, f"error: out of memory; {fix}; what was saved is whole\n")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
-from transfer.console import UserError, warn, warn_once
+from transfer.console import UserError, out_of_memory, warn, warn_once
 from transfer.device import Compute
 
 NORMALIZE = T.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])  # ImageNet's
@@ -45,7 +45,8 @@ def embed(module: nn.Module, views: Tensor, compute: Compute) -> Tensor:
     """What an `inference_copy` gives for uint8 views (N, 224, 224, 3), on its device and in its dtype."""
     device = compute.device
     # NORMALIZE, for bytes and along whole rows of pixels: four times as fast as over three channels.
-    rows = views.to(device, non_blocking=True).flatten(2).float()  # (N, 224, 672)
+    # Copies that do not block are sound from pinned memory, which only CUDA has.
+    rows = views.to(device, non_blocking=device.type == "cuda").flatten(2).float()  # (N, 224, 672)
     mean, std = (255 * torch.tensor(three).repeat(views.shape[2]) for three in (NORMALIZE.mean, NORMALIZE.std))
     rows.sub_(mean.to(device)).div_(std.to(device))
     # Seen as (N, 3, 224, 224) the numbers lie in channels_last order already.
@@ -79,7 +80,7 @@ def in_smaller_parts(embed_views: Callable[[Tensor], Tensor]) -> Callable[[Tenso
             try:
                 return torch.cat([embed_views(part) for part in views.chunk(parts)])
             except RuntimeError as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+                if not out_of_memory(error):
                     raise
                 if parts == 8:
                     raise UserError("the device is out of memory; run with --device cpu", status=1) from None

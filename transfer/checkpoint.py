@@ -118,6 +118,19 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
     return model.eval(), about or {"classes": [str(label) for label in range(classes)]}
 
 
+def replaced_by(path: Path) -> str | None:
+    """What a run that saves here replaces, in words; None where there is nothing."""
+    if not path.exists():
+        return None
+    try:
+        state, about = load_state(path)
+    except UserError:
+        return f"{shown(path)} (no checkpoint of ours)"
+    if not is_about(about, len(state.get("fc.bias", ()))) or "accuracy" not in about:
+        return f"{shown(path)} (of unknown accuracy)"
+    return f"{shown(path)}, {about['accuracy']:.2%} on {shown(about['chosen_on'])}, {shown(about['date'])}"
+
+
 def is_about(about: object, classes: int) -> bool:
     """Whether a checkpoint's own account has the form that `save_checkpoint` gives it."""
     # Exact types: a subclass from a hostile file may carry anything under dict's method names.

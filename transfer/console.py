@@ -6,13 +6,15 @@ import functools
 import io
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import distributed as dist
 
-from transfer.distributed import my_rank
+from transfer.distributed import launched, my_rank
 
 SHOWN_PROBLEMS = 10
 
@@ -48,6 +50,12 @@ def first_ten(problems: Sequence[str], total: str, fix: str) -> list[str]:
     return [*problems[:SHOWN_PROBLEMS], f"{total}{cut}; {fix}"]
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU, said that its memory is too small; not all of them have an exception for it."""
+    words = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in words or "can't allocate memory" in words
+
+
 def warn(text: str) -> None:
     if my_rank() == 0:
         print(f"warning: {text}", file=sys.stderr, flush=True)
@@ -75,10 +83,15 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        for line in error.lines if my_rank() == 0 or error.status == 1 else ():
-            print(f"error: {line}", file=sys.stderr)
+        # Each rank for itself: torchrun may end the others before they come to it, and some see other files.
+        who = f"rank {my_rank()} on {socket.gethostname()}: " if launched() else ""
+        print("".join(f"error: {who}{line}\n" for line in error.lines), end="", file=sys.stderr, flush=True)
         sys.exit(error.status)
     except RuntimeError as error:
+        if out_of_memory(error):
+            fix = "run with a smaller --batch-size, or --device cpu"
+            print(f"error: out of memory; {fix}; what was saved is whole", file=sys.stderr)
+            sys.exit(1)
         if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):  # which has no type of its own
             raise
         print(f"error: another rank died ({str(error).splitlines()[0]}); the saved files are whole", file=sys.stderr)

@@ -1,11 +1,11 @@
 """Where to compute, and in which precision."""
 
-import os
 from dataclasses import dataclass
 
 import torch
 
 from transfer.console import UserError, shown
+from transfer.distributed import local_rank, ranks_here
 
 
 @dataclass(frozen=True)
@@ -18,26 +18,50 @@ class Compute:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of `--device`; auto is CUDA, else MPS, else CPU. Raises UserError."""
-    have = ["cpu"]
-    if torch.backends.mps.is_available():
-        have.insert(0, "mps")
-    if torch.cuda.is_available():
-        have[:0] = ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
-    if name == "auto":
-        rank = os.environ.get("LOCAL_RANK")
-        return torch.device(f"cuda:{rank}" if rank and have[0] == "cuda" else have[0])
-    if name not in have:
+    """The device of `--device`; auto is CUDA, else MPS, else CPU. Under torchrun each rank has a card of its own.
+
+    Raises UserError.
+    """
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    have = [*(["cuda"] if cards else []), *(f"cuda:{card}" for card in range(cards))]
+    have += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+    if name not in ("auto", *have):
         raise UserError(f"--device {shown(name)}: this machine offers {', '.join(have)}; pick one of them or auto")
+    name = have[0] if name == "auto" else name
+    if name.startswith("cuda"):
+        name = card_of_rank(name, cards)
+        # What names no card, as pinning memory and asking for bfloat16, means this one from here on.
+        torch.cuda.set_device(name)
     return torch.device(name)
 
 
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that convolutions run in; auto is the fastest one that the device runs natively."""
+def card_of_rank(name: str, cards: int) -> str:
+    """The card that this process is to use where `--device` named one or any. Raises UserError."""
+    if ranks_here() == 1:
+        return name
+    if name != "cuda":
+        raise UserError(f"--device {name}: {ranks_here()} ranks would share it; name cuda, and each takes its own")
+    if ranks_here() > cards:
+        fix = f"torchrun --nproc-per-node {cards}, or --device cpu"
+        raise UserError(f"--device cuda: {ranks_here()} ranks on this machine and {cards} cards; run {fix}")
+    return f"cuda:{local_rank()}"
+
+
+def pick_precision(name: str, device: torch.device, training: bool = False) -> torch.dtype:
+    """The dtype that convolutions run in; auto is the fastest one that the device runs natively.
+
+    training: convolutions will be trained as well, for which float16 will not do. Raises UserError.
+    """
+    if name == "bfloat16" and device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise UserError("--precision bfloat16: on MPS it needs macOS 14; run with --precision float32")
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        # float16's gradients would need scaling, and a network trained in one precision but used in another would not
+        # be right as often as training said.
+        return torch.float32 if training else torch.float16
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
         can = torch.cpu.get_capabilities()
         if any(can.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16")):

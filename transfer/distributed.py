@@ -5,7 +5,27 @@ import os
 import sys
 from datetime import timedelta
 
+import torch
+from torch import Tensor
 from torch import distributed as dist
+
+
+def launched() -> bool:
+    """Whether torchrun, or what sets the same variables, started this process among others.
+
+    RANK alone, left over in a shell, makes no run of several.
+    """
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "MASTER_ADDR" in os.environ
+
+
+def local_rank() -> int | None:
+    """This process among those of its machine; None where it runs alone."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if launched() else None
+
+
+def ranks_here() -> int:
+    """How many ranks share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() else 1
 
 
 def world_size() -> int:
@@ -13,26 +33,45 @@ def world_size() -> int:
 
 
 def my_rank() -> int:
-    """This process among torchrun's; 0, the one that prints and writes, where it runs alone."""
-    return int(os.environ.get("RANK", 0))
+    """This process among all; 0, the one that prints and writes, where it runs alone. Known before the ranks meet."""
+    return int(os.environ.get("RANK", 0)) if launched() else 0
 
 
 def join_ranks() -> None:
-    """Meet the other ranks where torchrun started this process. The others than rank 0 fall silent."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    """Meet the other ranks. The others than rank 0 fall silent on stdout."""
+    if launched() and not dist.is_initialized():
         # gloo for what lies on the CPU, and nccl for the gradients on CUDA. Rank 0 may train the head for hours.
         dist.init_process_group(timeout=timedelta(hours=12))
         if my_rank():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def rank_slice(count: int) -> range:
-    """This rank's rows of so many: equal slices, the last one shorter."""
-    size, rank = math.ceil(count / world_size()), my_rank() if dist.is_initialized() else 0
+def rank_slice(count: int, rank: int | None = None, step: int = 1) -> range:
+    """A rank's rows of so many, by default this one's: equal slices of whole steps, the last ones shorter or empty."""
+    rank = rank if rank is not None else my_rank() if dist.is_initialized() else 0
+    size = math.ceil(math.ceil(count / step) / world_size()) * step
     return range(min(rank * size, count), min((rank + 1) * size, count))
+
+
+def gather_rows(mine: Tensor, count: int, step: int = 1) -> Tensor | None:
+    """All ranks' slices (n, ...) of count rows in one tensor on rank 0; None on the others.
+
+    Received into their places: the peak is all rows and this rank's own once more.
+    """
+    if my_rank():
+        if len(mine):
+            dist.send(mine, 0)
+        return None
+    rows = torch.empty(count, *mine.shape[1:], dtype=mine.dtype)
+    rows[: len(mine)] = mine
+    for rank in range(1, world_size()):
+        place = rank_slice(count, rank, step)
+        if place:
+            dist.recv(rows[place.start : place.stop], rank)
+    return rows
 
 
 def cores_of_rank() -> int:
     """The cores that this process may use, shared with the other ranks on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores // ranks_here())

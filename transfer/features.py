@@ -1,10 +1,10 @@
 """Features of whole lists: the one pass that makes them, and what is kept of it."""
 
 import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -14,7 +14,7 @@ from transfer.backbone import PASS_BATCH, each_image, embed_in_order
 from transfer.cache import chunk_path, read_chunk, recipe_digest, save_chunk
 from transfer.console import Progress, first_three, warn
 from transfer.device import Compute
-from transfer.distributed import my_rank, rank_slice, world_size
+from transfer.distributed import gather_rows, my_rank, rank_slice, world_size
 from transfer.lists import ImageList, check_unread
 
 CHUNK_ROWS = 1024  # images a file of the cache: what a killed pass may lose
@@ -42,10 +42,12 @@ class Features:
             taken[here] = self.chunks[chunk][rows[here] - chunk * self.step, view]
         return taken
 
-    def digests(self) -> list[int]:
-        """A number for each image that tells it by its evaluation view."""
-        rows = (features for chunk in self.chunks for features in chunk[:, 0])
-        return [hash(features.numpy().tobytes()) for features in itertools.islice(rows, len(self.labels))]
+    def digests(self) -> Tensor:
+        """A number for each image that tells it by the bits of its evaluation view: (n,)."""
+        odd = torch.randint(-(2**62), 2**62, (512,), generator=torch.Generator().manual_seed(0)) | 1
+        # Sums of the bits as integers, each times a random number, modulo 2**64; in slices, to bound the memory.
+        slices = (part[:, 0].contiguous() for chunk in self.chunks for part in chunk.split(CHUNK_ROWS))
+        return torch.cat([(features.view(torch.int32).long() * odd).sum(1) for features in slices])
 
 
 def extract_features(
@@ -63,76 +65,95 @@ def extract_features(
     unless it works alone, and the features are rank 0's alone. Raises UserError (status 1) where more images than
     tolerated can't be read, and as `embed_in_order` and `save_atomically` do.
     """
-    listed, views = dataset.listed, dataset.views
-    rows = range(len(listed)) if alone else rank_slice(len(listed))
+    listed = dataset.listed
+    # Whole chunks for each rank, so that another number of ranks finds them in the cache.
+    rows = range(len(listed)) if alone else rank_slice(len(listed), step=CHUNK_ROWS if cache else 1)
     step = CHUNK_ROWS if cache else max(1, len(rows))
     spans = [range(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
-    paths, found = [], [None] * len(spans)
-    if cache:
+    paths = []
+    if cache and spans:
         digest = recipe_digest(backbone, dataset, compute)
         paths = [chunk_path(cache, digest, listed, span) for span in spans]
-        found = [read_chunk(path, (len(span), len(views), 512)) for path, span in zip(paths, spans, strict=True)]
-    missing = [number for number, chunk in enumerate(found) if chunk is None]
-    images = each_image(
-        embed_in_order(
-            backbone,
-            dataset,
-            [row for number in missing for row in spans[number]],
-            compute=compute,
-            batch_size=max(1, PASS_BATCH[compute.device.type] // len(views)),
-            per_image=len(views),
-        )
-    )
-    progress = Progress(f"{listed.name}:", sum(len(spans[number]) for number in missing))
-    for number in missing:
-        found[number] = fill_chunk(images, spans[number], len(views), progress)
-        if cache:
-            save_chunk(paths[number], *found[number])
-            found[number] = read_chunk(paths[number], found[number][0].shape) or found[number]
+    found = embed_chunks(backbone, dataset, spans, paths, compute=compute, tolerated=tolerated)
     chunks, unread = [chunk for chunk, _ in found], {row: why for _, reasons in found for row, why in reasons.items()}
     if not alone and world_size() > 1:
-        chunks, step, unread = gather_chunks(chunks, step, unread, len(listed))
+        chunks, step, unread = share_chunks(chunks, step, unread, paths, len(listed))
     check_unread(listed, unread, tolerated)
     return Features(chunks, step, listed.labels, unread)
 
 
-def fill_chunk(
-    images: Iterator[tuple[int, Tensor | str]], span: range, views: int, progress: Progress
-) -> tuple[Tensor, dict[int, str]]:
-    """The features (len(span), V, 512) of the next images, and the reasons by row of those without."""
-    features, unread = torch.zeros(len(span), views, 512), {}
-    for row, values in itertools.islice(images, len(span)):
-        if isinstance(values, str):
-            unread[row] = values
-        else:
-            features[row - span.start] = values
-        progress.add(1)
-    return features, unread
+def embed_chunks(
+    backbone: nn.Module,
+    dataset: Dataset,
+    spans: Sequence[range],
+    paths: Sequence[Path],
+    *,
+    compute: Compute,
+    tolerated: int,
+) -> list[tuple[Tensor, dict[int, str]]]:
+    """The features (len(span), V, 512) of each span of rows, and the reasons by row of those without.
+
+    paths: where each span is kept, or none. Raises UserError as `extract_features` does.
+    """
+    views = len(dataset.views)
+    kept = [read_chunk(path, (len(span), views, 512)) for path, span in zip(paths, spans, strict=True)] if paths else []
+    found = kept or [None] * len(spans)
+    missing = [number for number, chunk in enumerate(found) if chunk is None]
+    rows = [row for number in missing for row in spans[number]]
+    batch_size = max(1, PASS_BATCH[compute.device.type] // views)
+    images = each_image(
+        embed_in_order(backbone, dataset, rows, compute=compute, batch_size=batch_size, per_image=views)
+    )
+    progress, unread = Progress(f"{dataset.listed.name}:", len(rows)), {}
+    for number in missing:
+        features, reasons = torch.zeros(len(spans[number]), views, 512), {}
+        for row, values in itertools.islice(images, len(spans[number])):
+            if isinstance(values, str):
+                reasons[row] = unread[row] = values
+                if tolerated and len(unread) > tolerated:  # no use in going on
+                    check_unread(dataset.listed, unread, tolerated, stopped=row + 1 < len(dataset))
+            else:
+                features[row - spans[number].start] = values
+            progress.add(1)
+        found[number] = features, reasons
+        if paths:
+            save_chunk(paths[number], *found[number])
+            found[number] = read_chunk(paths[number], features.shape) or found[number]
+    return found
 
 
-def gather_chunks(
-    chunks: Sequence[Tensor], step: int, unread: dict[int, str], count: int
+def share_chunks(
+    chunks: Sequence[Tensor], step: int, unread: dict[int, str], paths: Sequence[Path], count: int
 ) -> tuple[list[Tensor], int, dict[int, str]]:
-    """All ranks' features on rank 0, a chunk a rank, none on the others; and all ranks' unread rows on each."""
-    size = math.ceil(count / world_size())
-    shape = torch.tensor(chunks[0].shape[1:] if chunks else (0, 0))
-    dist.all_reduce(shape, op=dist.ReduceOp.MAX)  # a rank without rows does not know it
-    mine = torch.zeros(size, *shape.tolist())
-    for number, chunk in enumerate(chunks):
-        mine[number * step : number * step + len(chunk)] = chunk
-    gathered = [torch.empty_like(mine) for _ in range(world_size())] if my_rank() == 0 else []
-    dist.gather(mine, gathered or None)
-    reasons = [None] * world_size()
-    dist.all_gather_object(reasons, unread)
-    return gathered, size, {row: why for each in reasons for row, why in each.items()}
+    """All ranks' features on rank 0, none on the others, in chunks of how many rows; and all ranks' unread rows.
+
+    From a cache that rank 0 sees they are mapped, so that its memory does not grow with the data. Else they are sent.
+    """
+    told = [None] * world_size()
+    dist.all_gather_object(told, (unread, [path.resolve() for path in paths], [chunk.shape for chunk in chunks]))
+    everywhere = {row: reason for reasons, *_ in told for row, reason in reasons.items()}
+    mapped = [None]
+    if my_rank() == 0 and paths:
+        places = [(path, shape) for _, theirs, shapes in told for path, shape in zip(theirs, shapes, strict=True)]
+        found = [read_chunk(path, shape) for path, shape in places]
+        mapped = [[chunk for chunk, _ in found] if None not in found else None]
+    seen = [mapped[0] is not None]
+    dist.broadcast_object_list(seen)  # the others must know whether to send theirs
+    if seen[0]:
+        return mapped[0] or [], step, everywhere
+    mine = chunks[0] if len(chunks) == 1 else torch.cat(chunks) if chunks else torch.empty(0)
+    rows = gather_rows(mine, count, step if paths else 1)
+    return [rows] if rows is not None else [], count, everywhere
 
 
 def warn_of_overlap(train: ImageList, test: ImageList, train_features: Features, test_features: Features) -> None:
-    """Warn where both lists hold an image, by path or by content: the same pixels give the same features."""
-    known = set(train_features.digests())
-    both = [row for row, digest in enumerate(test_features.digests()) if digest in known]
-    if both:
+    """Warn where both lists hold an image, by path or by content: the same pixels give the same features on a CPU."""
+    both = torch.isin(test_features.digests(), train_features.digests())
+    # Hashes, since a million paths as Python's objects would take a hundred times the eight bytes of each.
+    paths = [np.fromiter(map(hash, listed.each_path()), np.int64, len(listed)) for listed in (train, test)]
+    both = (both | torch.from_numpy(np.isin(paths[1], paths[0]))).nonzero().flatten()
+    if len(both):
         warn(
             f"{len(both):,} of {len(test):,} test images are in {train.name} too, so the test accuracy is not to be "
-            f"believed: {first_three([test.where(row) for row in both])}"
+            f"believed: {first_three([test.where(row) for row in both.tolist()])}"
         )

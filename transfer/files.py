@@ -10,13 +10,14 @@ import shutil
 import stat
 import tempfile
 import zipfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from transfer.console import UserError, reason_of, shown
 
-CHECKPOINT_BYTES = 100_000_000  # a ResNet-18 twice: the old file and the new one
+CHECKPOINT_BYTES = 150_000_000  # a ResNet-18 three times: the previous one, the old one and the new one
 
 
 def open_regular(path: str | bytes | os.PathLike) -> io.BufferedReader:
@@ -59,21 +60,50 @@ def check_zip(file: io.BufferedIOBase) -> None:
 def save_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write beside the file, then rename: at any moment the file is the old one or the new one, whole.
 
-    Raises UserError (status 1) where the disk is full or fails.
+    A link stays one: what it names is replaced. Raises UserError (status 1) where the disk is full or fails.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    target = path.resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with disk_errors(path, temporary):
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, temporary: Path) -> Iterator[None]:
+    """Tell of a disk that is full or fails in one line, and leave no temporary file."""
+    try:
+        yield
     except OSError as error:
         reason = "disk full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else reason_of(error)
         raise UserError(f"{shown(path)}: {reason}; what was saved before is intact", status=1) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def previous_of(path: Path) -> Path:
+    """Where the file that a run replaces is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def keep_previous(path: Path) -> None:
+    """Let a file be found under another name too, before it is replaced: one generation.
+
+    Raises UserError (status 1) as `save_atomically` does.
+    """
+    if path.exists():
+        previous = previous_of(path)
+        temporary = path.with_name(f".{previous.name}.{os.getpid()}.tmp")
+        with disk_errors(previous, temporary):
+            try:
+                os.link(path.resolve(), temporary)
+            except OSError:  # not every file system has links
+                shutil.copyfile(path, temporary)
+            os.replace(temporary, previous)
 
 
 def save_tensors(path: Path, content: object) -> None:
@@ -83,9 +113,32 @@ def save_tensors(path: Path, content: object) -> None:
     save_atomically(path, buffer.getbuffer())
 
 
+def outputs_of(path: Path) -> list[Path]:
+    """All that a run writes for a checkpoint of this name."""
+    return [saved for each in (path, path.with_suffix(".csv")) for saved in (each, previous_of(each))]
+
+
+def check_outputs(flag: str, outputs: Sequence[Path], inputs: Iterable[str | bytes | os.PathLike]) -> None:
+    """Raises UserError where an output would replace an input, or is there and no regular file."""
+    there = {}
+    for path in outputs:
+        if path.exists():
+            if not path.is_file():
+                raise UserError(f"{flag}: {shown(path)} is no regular file, and would be replaced; name another")
+            info = path.stat()
+            there[info.st_dev, info.st_ino] = path
+    for given in inputs if there else ():
+        with contextlib.suppress(OSError):  # what is not there can't be overwritten
+            info = os.stat(given)
+            if path := there.get((info.st_dev, info.st_ino)):
+                raise UserError(
+                    f"{flag}: {shown(path)} is read by this run; name another file to write"
+                )
+
+
 def prepare_output(path: Path, cache: Path | None) -> None:
     """Check that a checkpoint can be saved there and features kept; sweep what a killed run left. Raises UserError."""
-    name, folder = shown(path), path.parent
+    name, folder = shown(path), path.resolve().parent
     if path.is_dir():
         raise UserError(f"--out {name}: is a directory; name a file, such as {shown(path / 'best.pth')}")
     if path.suffix == ".csv":
@@ -93,11 +146,11 @@ def prepare_output(path: Path, cache: Path | None) -> None:
     try:
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
-        for saved in (path, path.with_suffix(".csv")):
-            for stale in folder.glob(f".{glob.escape(saved.name)}.*.tmp"):
+        for saved in outputs_of(path):
+            for stale in saved.resolve().parent.glob(f".{glob.escape(saved.resolve().name)}.*.tmp"):
                 stale.unlink(missing_ok=True)
     except OSError as error:
-        why = f"can't write in {shown(folder)} ({reason_of(error)})"
+        why = f"can't write in {shown(path.parent)} ({reason_of(error)})"
         raise UserError(f"--out {name}: {why}; name another folder") from None
     try:
         if cache:

@@ -1,6 +1,6 @@
 """Fine-tuning: the network, optimiser and batches that the recipe's loop then trains."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from transfer.backbone import embed_in_order, inference_copy
 from transfer.checkpoint import load_state
+from transfer.console import UserError
 from transfer.device import Compute
 from transfer.distributed import my_rank, rank_slice, world_size
 from transfer.lists import check_unread
@@ -22,13 +23,13 @@ class Network(nn.Module):
 
     def __init__(self, tail: nn.Module, head: nn.Module, compute: Compute):
         super().__init__()
-        self.tail, self.head, self.device = tail, head, compute.device
-        # Gradients in float16 would need scaling.
-        self.dtype = torch.float32 if compute.dtype == torch.float16 else compute.dtype
+        self.tail, self.head, self.compute = tail, head, compute
+        # BatchNorm's backward pass on MPS is wrong in channels_last with some of the torch versions we allow.
+        self.layout = torch.contiguous_format if compute.device.type == "mps" else torch.channels_last
 
     def forward(self, inputs: Tensor) -> Tensor:
-        inputs = inputs.to(self.dtype, memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        inputs = inputs.to(self.compute.dtype, memory_format=self.layout)
+        with torch.autocast(self.compute.device.type, self.compute.dtype, enabled=self.compute.dtype != torch.float32):
             features = self.tail(inputs)
         return self.head(features.float())
 
@@ -44,7 +45,10 @@ def unfreeze(model: nn.Module, stage: str, compute: Compute) -> tuple[nn.Module,
     for parameter in tail.parameters():
         parameter.requires_grad = True
     network = Network(tail, model.fc, compute)
-    return trunk, DistributedDataParallel(network) if world_size() > 1 else network
+    if compute.device.type == "mps":
+        network.to(memory_format=torch.contiguous_format)
+    # No buffer changes while BatchNorm infers; and to broadcast them, ranks without an image would have to join in.
+    return trunk, DistributedDataParallel(network, broadcast_buffers=False) if world_size() > 1 else network
 
 
 def prepare(
@@ -68,8 +72,10 @@ def prepare(
     Each image comes in a fresh random view and in the evaluation view by turns: of random ones alone the network
     learns their scale and not the test's (Touvron et al. 2019).
     train, val: `train.Views`; rows: those of the training images that could be read; rates: of the stages and of the
-    head. Under torchrun each rank takes its part of every batch and of the evaluation.
+    head. Under torchrun each rank takes its part of every batch and of the evaluation. Raises UserError.
     """
+    if len(rows) < world_size():
+        raise UserError(f"{world_size()} ranks have {len(rows)} images to fine-tune on; run fewer ranks")
     if my_rank() == 0:
         model.load_state_dict(load_state(best)[0])
     trunk, network = unfreeze(model, stage, compute)
@@ -83,7 +89,7 @@ def prepare(
         for indices, values, bad in embed_in_order(trunk, views, chosen, compute=compute, batch_size=batch_of_rank):
             check_unread(views.listed, bad, tolerated=0)  # the pass could read it
             # Cloned outside inference mode, so that it can take part in a graph.
-            yield values.clone().to(compute.device), views.listed.labels[indices].to(compute.device)
+            yield values.clone(), views.listed.labels[indices]
 
     def train_batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = rows[torch.randperm(len(rows), generator=shuffle)]
@@ -92,5 +98,10 @@ def prepare(
         mixed = train.drawn((0, fresh) if epoch % 2 else (fresh, 0), by_turns=True)
         return inputs_of(mixed, even[my_rank() :: world_size()].tolist())
 
-    val_batches = list(inputs_of(val, rank_slice(len(val))))  # the trunk runs on these once
-    return network, optimizer, train_batches, lambda: iter(val_batches)
+    def on_device(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, labels in batches:
+            yield inputs.to(compute.device), labels.to(compute.device)
+
+    # The trunk runs on these once; what it gives waits in main memory, of which there is more.
+    val_batches = [(inputs.cpu(), labels) for inputs, labels in inputs_of(val, rank_slice(len(val)))]
+    return network, optimizer, lambda epoch: on_device(train_batches(epoch)), lambda: on_device(val_batches)

@@ -4,13 +4,14 @@ import itertools
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from transfer.console import SHOWN_PROBLEMS, UserError, first_ten, first_three, reason_of, shown, warn
 
+SLICE = 10_000  # paths that are taken apart at a time
 MAX_CLASSES = 100_000  # beyond this a label is a slip of the pen, and its head would not fit
 
 
@@ -35,10 +36,16 @@ class ImageList:
         start = int(self.ends[index - 1]) + 1 if index else 0
         return self.text[start : int(self.ends[index])].numpy().tobytes()
 
+    def each_path(self) -> Iterator[bytes]:
+        """All paths in order, some at a time: as objects they take several times the memory."""
+        for first in range(0, len(self), SLICE):
+            # By their ends: a name may hold a newline itself.
+            starts = [int(self.ends[first - 1]) + 1 if first else 0, *(self.ends[first : first + SLICE] + 1).tolist()]
+            text = self.text[starts[0] : starts[-1]].numpy().tobytes()
+            yield from (text[a - starts[0] : b - starts[0] - 1] for a, b in itertools.pairwise(starts))
+
     def paths(self) -> list[bytes]:
-        # By their ends: a name may hold a newline itself.
-        text, starts = self.text.numpy().tobytes(), [0, *(self.ends + 1).tolist()]
-        return [text[start : end - 1] for start, end in itertools.pairwise(starts)]
+        return list(self.each_path())
 
     def subset(self, rows: Sequence[int]) -> "ImageList":
         paths, labels, lines = self.paths(), self.labels.tolist(), self.lines.tolist()
@@ -174,6 +181,8 @@ def read_lists(train_path: Path, test_path: Path, root: Path) -> tuple[ImageList
         raise ListsError(problems)
     if gaps := torch.nonzero(known == 0).flatten().tolist():
         warn(f"{train.name}: no image has label {first_three(gaps)}: its class can never be learned")
+    if (known > 0).sum() == 1:
+        warn(f"{train.name}: all images have one label: with a single class, 100% right says nothing")
     if single := torch.nonzero(known == 1).flatten().tolist():
         warn(f"{train.name}: only one image has label {first_three(single)}: its class is learned by heart")
     return train, test
@@ -214,11 +223,16 @@ def split_validation(listed: ImageList, fraction: float, seed: int) -> tuple[Ima
     return listed.subset(kept), listed.subset(sorted(held))
 
 
-def check_unread(listed: ImageList, unread: dict[int, str], tolerated: float) -> None:
-    """Warn of each image that could not be read. Raises UserError (status 1) where they are too many."""
+def check_unread(listed: ImageList, unread: dict[int, str], tolerated: float, stopped: bool = False) -> None:
+    """Warn of each image that could not be read. Raises UserError (status 1) where they are too many.
+
+    stopped: the pass ends here, and what comes later in the list was not looked at.
+    """
     lines = [f"{listed.where(index)}: {reason}" for index, reason in sorted(unread.items())]
     if len(lines) > tolerated or len(lines) == len(listed):
         total = f"{listed.name}: {len(lines):,} of {len(listed):,} images can't be read"
+        if stopped:
+            total = f"{listed.name}: {len(lines):,} images can't be read, more than 1% of the list: stopped there"
         raise UserError(*first_ten(lines, total, "mend or remove these lines"), status=1)
     for line in lines[:SHOWN_PROBLEMS]:
         warn(f"{line}; skipped")

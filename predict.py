@@ -8,6 +8,11 @@ out on stdout: its path, then the likeliest classes with their probabilities.
 For lists with labels a table of what was right follows, and a report to look at.
 """
 
+from transfer import interrupts
+
+if __name__ == "__main__":
+    interrupts.guard_imports()  # before torch's, which takes seconds
+
 import argparse
 import csv
 import io

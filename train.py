@@ -12,6 +12,11 @@ then trains the head on those, in milliseconds. `predict.py` uses the result.
 This file is the recipe; what it stands on lies in transfer/, a file a subject.
 """
 
+from transfer import interrupts
+
+if __name__ == "__main__":
+    interrupts.guard_imports()  # before torch's, which takes seconds
+
 import argparse
 import csv
 import functools

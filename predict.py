@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import argparse
 import csv
 import io
+import itertools
 import json
 import os
 import sys
@@ -93,7 +94,7 @@ def find_images(arguments: Sequence[str], root: Path) -> tuple[ImageList, bool]:
     for argument in arguments:
         folder = os.path.isdir(argument)
         if argument.endswith(".txt") and not folder:
-            listed, wrong = read_list(Path(argument), root)
+            listed, wrong = read_list(Path(argument), root, check_files=False)  # each has a row
             problems += wrong
             parts.append(listed)
             continue
@@ -135,7 +136,8 @@ def piped_images() -> Iterator[ImageList]:
 def row_printer(style: str, classes: Sequence[str], top_k: int, min_prob: float) -> Callable[..., None]:
     """A function that prints one image's row: its path, its true class or None, its probabilities or an error.
 
-    text: for people, errors on stderr. csv: RFC 4180 with a header. json: an object a line.
+    text: for people, errors on stderr. csv: RFC 4180 with a header. json: an object a line. Names are exact in csv
+    and json, for programs; but a terminal never gets their control characters, which JSON escapes by itself.
     """
     count = min(top_k, len(classes))
     writer = csv.writer(sys.stdout)
@@ -144,6 +146,7 @@ def row_printer(style: str, classes: Sequence[str], top_k: int, min_prob: float)
             sys.stdout.reconfigure(newline="")
         tops = [column for n in range(1, count + 1) for column in (f"class{n}", f"prob{n}")]
         writer.writerow(["path", "error", "truth", "name", *tops])
+    exact = not sys.stdout.isatty()
 
     def print_row(path: bytes, truth: str | None, found: Tensor | str) -> None:
         error = found if isinstance(found, str) else None
@@ -153,8 +156,8 @@ def row_printer(style: str, classes: Sequence[str], top_k: int, min_prob: float)
             top = [{"class": each, "prob": prob} for each, prob in tops]
             print(json.dumps({"path": os.fsdecode(path), "error": error, "truth": truth, "name": name, "top": top}))
         elif style == "csv":
-            cells = [item for pair in tops for item in pair] or [None] * (2 * count)
-            writer.writerow([os.fsdecode(path), error, truth, name, *cells])
+            cells = [os.fsdecode(path), error, truth, name, *itertools.chain(*tops or [(None, None)] * count)]
+            writer.writerow(cells if exact else [shown(cell) if isinstance(cell, str) else cell for cell in cells])
         elif error:
             print(f"error: {shown(path)}: {error}", file=sys.stderr)
         else:

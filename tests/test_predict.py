@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from PIL import Image
 import predict
 import train
 from transfer.checkpoint import load_checkpoint
-from transfer.console import UserError
+from transfer.console import UserError, shown
 from transfer.images import ImageError
 
 
@@ -227,6 +228,48 @@ def test_a_bad_image_does_not_count_in_the_accuracy(model):
     Path("list.txt").write_text("bad.png 0\n")
     out, err = answer("list.txt", status=1)
     assert out == "" and err == "error: bad.png: not an image\n"
+
+
+def test_a_listed_image_that_is_missing_is_an_error_row_and_the_rest_is_predicted(model, quick):
+    os.mkdir("folder.png")
+    Path("list.txt").write_text("none.png 2\nred.png 0\nfolder.png 0\ngreen.png 1\n")
+    words = os.strerror(errno.ENOENT).lower()
+    out, err = answer("list.txt", status=1)
+    assert err == f"error: none.png: {words}\nerror: folder.png: not a regular file\n"
+    assert [line.split("  ")[0] for line in out.splitlines()[:2]] == ["red.png", "green.png"] and " of 2, " in out
+    text = answer("list.txt", "--format", "csv", status=1)[0]
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    assert [(row["path"], row["error"], row["truth"], bool(row["name"])) for row in rows] == [
+        ("none.png", words, "blue", False),
+        ("red.png", "", "red", True),
+        ("folder.png", "not a regular file", "red", False),
+        ("green.png", "", "green", True),
+    ]
+    found = [json.loads(line) for line in answer("list.txt", "--format", "json", status=1)[0].splitlines()]
+    assert [row["error"] for row in found] == [words, None, "not a regular file", None]
+
+
+NASTY = "\x1b[2J\x07\x7f\x9b,\u202e"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_rows_hold_names_as_they_are_but_never_send_control_characters_to_a_terminal(model, monkeypatch, terminal):
+    class Stream(io.StringIO):
+        def isatty(self):
+            return terminal
+
+    os.rename("red.png", f"{NASTY}.png")
+    classes = [f"{NASTY}{name}" for name in model.classes]
+    monkeypatch.setattr(predict, "load", lambda *_: dataclasses.replace(model, classes=classes))
+    monkeypatch.setattr(io, "StringIO", Stream)
+    seen = shown(NASTY) if terminal else NASTY
+    out, _ = answer(f"{NASTY}.png", "--format", "csv")
+    _, row = csv.reader(out.splitlines())
+    assert (row[0], row[3], row[4]) == (f"{seen}.png", f"{seen}red", f"{seen}red") and float(row[5]) > 1 / 3
+    assert terminal == out.replace("\r\n", "").isprintable()
+    out, _ = answer(f"{NASTY}.png", "--format", "json")
+    row = json.loads(out)
+    assert (row["path"], row["name"]) == (f"{NASTY}.png", f"{NASTY}red") and out.strip().isprintable()
 
 
 def test_paths_on_standard_input_are_answered_while_it_is_open_and_a_closed_pipe_ends_quietly(model):

@@ -201,6 +201,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     listed, labelled = (None, False) if piped else find_images(args.images, args.root)
     if args.report and not labelled:
         raise UserError("--report: needs labels; give a list of lines with path and label, ending in .txt")
+    if args.report:
+        from transfer.report import check_target, save_report  # its drawing is no business of a plain prediction
+
+        inputs = [*args.images, args.model, args.model.with_suffix(".csv"), *listed.paths()]
+        check_target(args.report, inputs)
     classifier = load(args.model, args.device, cores_of_rank() if args.workers is None else args.workers)
     classes = classifier.classes
     if labelled and int(listed.labels.max()) >= len(classes):
@@ -231,8 +236,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         table = sys.stdout if args.format == "text" else sys.stderr  # rows alone in what programs read
         print(f"\n{score_table(scores, classes)}", file=table)
     if scored:
-        from transfer.report import save_report  # its drawing is no business of a plain prediction
-
         found = {"about": classifier.about, "scores": scores, "classes": classes, "images": scored}
         save_report(args.report, **found, model=args.model, list_name=", ".join(map(shown, args.images)))
         print(f"\nreport saved in {shown(args.report)}", file=table)

@@ -141,6 +141,46 @@ def test_a_report_without_labels_is_an_error_before_any_work(model, monkeypatch,
     assert not Path("report.html").exists()
 
 
+TARGETS = {
+    "missing/report.html": "can't write in missing ({ENOENT}); name a file in another folder",
+    "red.png/report.html": "can't write in red.png ({ENOTDIR}); name a file in another folder",
+    "folder": "is a directory; name a file, such as folder/report.html",
+    "pipe": "not a regular file; name another",
+    "/dev/null": "not a regular file; name another",
+    "list.txt": "would replace a file that is read here; name another",
+    "../{here}/red.png": "would replace a file that is read here; name another",
+    "./best.pth": "would replace a file that is read here; name another",
+    "best.csv": "would replace a file that is read here; name another",
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_report_that_cannot_or_must_not_be_written_is_an_error_before_any_work(model, monkeypatch, target):
+    monkeypatch.setattr(predict, "load", lambda *args: pytest.fail("worked first"))
+    Path("list.txt").write_text("red.png 0\ngreen.png 1\n")
+    Path("best.csv").write_text("epoch\n")
+    os.mkdir("folder")
+    os.mkfifo("pipe")
+    before = {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
+    why = TARGETS[target]
+    for code in ("ENOENT", "ENOTDIR"):
+        why = why.replace(f"{{{code}}}", os.strerror(getattr(errno, code)).lower())
+    target = target.format(here=Path.cwd().name)
+    out, err = answer("list.txt", "--report", target, status=2)
+    assert (out, err) == ("", f"error: --report {Path(target)}: {why}\n")
+    assert {path: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
+
+
+def test_a_report_replaces_the_one_before_it_whole(model, quick):
+    Path("list.txt").write_text("red.png 0\ngreen.png 1\n")
+    Path("report.html").write_text("the old one" * 10**6)
+    os.link("report.html", "kept.html")  # what writes into the old file would change this too
+    out, _ = answer("list.txt", "--report", "report.html")
+    assert out.endswith("\nreport saved in report.html\n")
+    assert Path("report.html").read_text().endswith("</html>\n")
+    assert Path("kept.html").read_text() == "the old one" * 10**6
+
+
 AWKWARD = 'a, "b"\nc.png'
 
 

@@ -10,6 +10,8 @@ import html
 import io
 import math
 import os
+import stat
+import tempfile
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from transfer.console import UserError, reason_of, shown
+from transfer.files import save_atomically
 from transfer.images import ImageError, read_image
 from transfer.scores import NONE, Scores, percent
 
@@ -519,6 +522,26 @@ def page(title: str, header: str, sections: Sequence[tuple[str, str, str]]) -> s
     )
 
 
+def check_target(path: Path, inputs: Sequence[str | bytes | os.PathLike]) -> None:
+    """Raises UserError where a report can't be written there, or would replace one of the inputs."""
+    name, folder = shown(path), path.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        mode = path.stat().st_mode if path.exists() else stat.S_IFREG
+    except OSError as error:
+        why = f"can't write in {shown(folder)} ({reason_of(error)})"
+        raise UserError(f"--report {name}: {why}; name a file in another folder") from None
+    if stat.S_ISDIR(mode):
+        raise UserError(f"--report {name}: is a directory; name a file, such as {shown(path / 'report.html')}")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"--report {name}: not a regular file; name another")
+    # Of a million listed images only those by the same name are asked for.
+    alike = (each for each in inputs if os.path.basename(os.fsdecode(each)).lower() == path.name.lower())
+    if path.exists() and any(os.path.exists(each) and os.path.samefile(each, path) for each in alike):
+        raise UserError(f"--report {name}: would replace a file that is read here; name another")
+
+
 def save_report(
     path: Path,
     *,
@@ -548,7 +571,4 @@ def save_report(
         ("Confidence", confidence_section(scores, labels, probs), "whole"),
     )
     text = page(f"{plain(model)}: {scores.accuracy:.2%} of {plain(list_name)}", header, sections)
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--report {shown(path)}: {reason_of(error)}", status=1) from None
+    save_atomically(path, text.encode())

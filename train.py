@@ -327,8 +327,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, val = split_validation(train, args.val_split, view_seed) if args.val_split else (train, test)
     chosen_on = f"{args.val_split:.0%} of {train.name}" if args.val_split else test.name
     prepare_output(args.out, args.cache)
-    weights, origin, caveats = find_weights(args.weights)
     join_ranks()
+    weights, origin, caveats = find_weights(args.weights)  # one rank a machine downloads them
     for caveat in caveats:
         warn(caveat)
     print(f"device    {device}, {str(compute.dtype).removeprefix('torch.')}")

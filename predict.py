@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import argparse
 import csv
+import functools
 import io
 import itertools
 import json
@@ -29,13 +30,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from train import Views, draw_views
-from transfer.backbone import PASS_BATCH, backbone_of, each_image, embed, embed_in_order, inference_copy
+from transfer.backbone import PASS_BATCH, backbone_of, each_image, embed, embed_batches, embed_in_order, inference_copy
 from transfer.checkpoint import load_checkpoint
 from transfer.console import Help, Progress, UserError, fraction, one_line_errors, shown, whole
 from transfer.device import Compute, pick_device, pick_precision
 from transfer.distributed import cores_of_rank
 from transfer.images import as_rgb, read_image, upright
 from transfer.lists import ImageList, ListsError, read_list
+from transfer.piped import OwnPaths, PipedPaths
 from transfer.scores import Scores, likeliest, score_table
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".mpo", ".heic")
@@ -88,6 +90,22 @@ def predict_images(classifier: Classifier, listed: ImageList, batch_size: int) -
         yield index, features if isinstance(features, str) else classifier.head(features).softmax(0)
 
 
+@torch.inference_mode()
+def predict_piped(classifier: Classifier, batch_size: int) -> Iterator[tuple[bytes, Tensor | str]]:
+    """The same for the paths on standard input, as soon as they come: each path and its probabilities or the reason.
+
+    Raises UserError (status 1) where standard input can't be read as lines.
+    """
+    pipe, dataset = PipedPaths(batch_size), Views(OwnPaths(), [0], seed=0)
+    for few, workers in ((True, 0), (False, classifier.compute.workers)):  # they start once they pay, and stay
+        if not few and not pipe.unanswered:
+            return
+        compute, batches = replace(classifier.compute, workers=workers), functools.partial(pipe.batches, few)
+        for (_, path), features in each_image(embed_batches(classifier.backbone, dataset, batches, compute=compute)):
+            yield path, features if isinstance(features, str) else classifier.head(features).softmax(0)
+            pipe.answered()
+
+
 def find_images(arguments: Sequence[str], root: Path) -> tuple[ImageList, bool]:
     """The images that files, folders and lists name, and whether all have labels. Raises UserError."""
     parts, problems, labelled = [], [], True
@@ -116,18 +134,6 @@ def find_images(arguments: Sequence[str], root: Path) -> tuple[ImageList, bool]:
     paths = [path for part in parts for path in part.paths()]
     labels = [label for part in parts for label in part.labels.tolist()]
     return ImageList("", paths, labels, range(len(paths))), labelled
-
-
-def piped_images() -> Iterator[ImageList]:
-    """The paths that arrive on standard input, one a line, as soon as they do."""
-    rest = b""
-    while text := sys.stdin.buffer.read1():
-        *lines, rest = (rest + text).split(b"\n")
-        paths = [line.rstrip(b"\r") for line in lines if line.strip()]
-        if paths:
-            yield ImageList("-", paths, [0] * len(paths), range(len(paths)))
-    if rest.strip():
-        yield ImageList("-", [rest], [0], [0])
 
 
 # What is printed: a row an image
@@ -216,22 +222,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_row = row_printer(args.format, classes, args.top_k, args.min_prob or 0)
     batch_size = args.batch_size or PASS_BATCH[classifier.compute.device.type]
     scores, scored, unread = Scores(len(classes)), [], 0
-    for group in piped_images() if piped else [listed]:
-        progress = None if piped or sys.stdout.isatty() else Progress("predicted", len(group))
-        for index, found in predict_images(classifier, group, batch_size):
-            path, label = group.path(index), int(group.labels[index])
-            print_row(path, classes[label] if labelled else None, found)
-            if isinstance(found, str):
-                unread += 1
-            elif labelled:
-                scores.add(label, found)
-                if args.report:
-                    scored.append((path, label, found))
-            if progress:
-                progress.add(1)
-            if (index + 1) % batch_size == 0:
-                sys.stdout.flush()
-        sys.stdout.flush()
+    progress = None if piped or sys.stdout.isatty() else Progress("predicted", len(listed))
+    for row, found in (
+        predict_piped(classifier, batch_size) if piped else predict_images(classifier, listed, batch_size)
+    ):
+        path, label = (row, None) if piped else (listed.path(row), int(listed.labels[row]))
+        print_row(path, classes[label] if labelled else None, found)
+        sys.stdout.flush()  # somebody may wait for it
+        if isinstance(found, str):
+            unread += 1
+        elif labelled:
+            scores.add(label, found)
+            if args.report:
+                scored.append((path, label, found))
+        if progress:
+            progress.add(1)
     if scores.count:
         table = sys.stdout if args.format == "text" else sys.stderr  # rows alone in what programs read
         print(f"\n{score_table(scores, classes)}", file=table)

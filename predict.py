@@ -210,8 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.report:
         from transfer.report import check_target, save_report  # its drawing is no business of a plain prediction
 
-        inputs = [*args.images, args.model, args.model.with_suffix(".csv"), *listed.paths()]
-        check_target(args.report, inputs)
+        history = f"{os.path.splitext(args.model)[0]}.csv"
+        check_target(args.report, [*args.images, args.model, history, *listed.paths()])
     classifier = load(args.model, args.device, cores_of_rank() if args.workers is None else args.workers)
     classes = classifier.classes
     if labelled and int(listed.labels.max()) >= len(classes):
@@ -223,9 +223,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     batch_size = args.batch_size or PASS_BATCH[classifier.compute.device.type]
     scores, scored, unread = Scores(len(classes)), [], 0
     progress = None if piped or sys.stdout.isatty() else Progress("predicted", len(listed))
-    for row, found in (
-        predict_piped(classifier, batch_size) if piped else predict_images(classifier, listed, batch_size)
-    ):
+    answers = predict_piped(classifier, batch_size) if piped else predict_images(classifier, listed, batch_size)
+    for row, found in answers:
         path, label = (row, None) if piped else (listed.path(row), int(listed.labels[row]))
         print_row(path, classes[label] if labelled else None, found)
         sys.stdout.flush()  # somebody may wait for it

@@ -181,6 +181,13 @@ def test_a_report_that_cannot_or_must_not_be_written_is_an_error_before_any_work
     assert {path: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
 
 
+@pytest.mark.parametrize("wrong", [".", "/", ""])
+def test_a_report_of_no_model_is_one_line(model, wrong):
+    Path("list.txt").write_text("red.png 0\n")
+    out, err = answer("list.txt", "--report", "report.html", "--model", wrong, status=2)
+    assert out == "" and err.count("\n") == 1 and err.endswith("not a regular file; name a file of weights\n")
+
+
 def test_a_report_replaces_the_one_before_it_whole(model, quick):
     Path("list.txt").write_text("red.png 0\ngreen.png 1\n")
     Path("report.html").write_text("the old one" * 10**6)

@@ -414,8 +414,17 @@ def test_where_a_pipes_worker_dies_at_its_work_the_rest_is_done_without(pipe, mo
     assert pipe(names, ["blue.png", "red.png"])[:2] == ([*names, "blue.png", "red.png"], DIED)
 
 
-def test_where_a_pipes_worker_dies_while_no_path_is_there_the_rest_is_done_without(pipe):
+def test_where_a_pipes_worker_dies_while_no_path_is_there_the_rest_is_done_without(pipe, monkeypatch):
+    waiting, original = threading.Event(), PipedPaths.take
+
+    def take(self, wait):
+        (waiting.set if wait else waiting.clear)()
+        original(self, wait)
+
+    monkeypatch.setattr(PipedPaths, "take", take)
+
     def kill():
+        assert waiting.wait(30)
         for child in multiprocessing.active_children()[:1]:
             child.kill()
             time.sleep(0.3)  # its parent, which waits for a path, hears of it

@@ -1,5 +1,6 @@
 """The frozen backbone over images, batch by batch: decoded, viewed and embedded in parallel, in order."""
 
+import contextlib
 import copy
 import functools
 import math
@@ -70,6 +71,14 @@ def collate(
 def ignore_interrupts(_: int) -> None:
     """Ctrl-C reaches the whole process group: workers leave it to the parent, which ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def notice_deaths_while_waiting() -> None:
+    """A worker's death is noticed by its DataLoader within five seconds of waiting for it, where it can be handled:
+    not at once by torch's signal handler, which raises wherever this process is, as in printing an earlier result.
+    """
+    with contextlib.suppress(ValueError, AttributeError):  # not the main thread, or Windows: there is no handler
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def in_smaller_parts(embed_views: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -146,8 +155,11 @@ def embed_batches(
             worker_init_fn=ignore_interrupts,
             multiprocessing_context=START_METHOD if workers else None,
         )
+        embedded = None
         try:
-            for indices, values, bad in loader:
+            embedded = iter(loader)
+            notice_deaths_while_waiting()
+            for indices, values, bad in embedded:
                 values = here(values) if here and indices else values
                 yield indices, values.unflatten(0, (-1, per_image)) if per_image > 1 and indices else values, bad
             whole = True
@@ -155,7 +167,8 @@ def embed_batches(
             if not workers or "DataLoader worker" not in str(error):
                 raise
             warn("a worker died: out of memory, or /dev/shm is too small (docker run --shm-size=1g); going on without")
-            traceback.clear_frames(error.__traceback__)  # ends the other workers now, not with the next garbage
+            traceback.clear_frames(error.__traceback__)
+            del embedded  # ends the other workers now, not with the next garbage
             workers = 0
 
 

@@ -163,8 +163,8 @@ def embed_batches(
                 values = here(values) if here and indices else values
                 yield indices, values.unflatten(0, (-1, per_image)) if per_image > 1 and indices else values, bad
             whole = True
-        except RuntimeError as error:
-            if not workers or "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:  # the last two where it dies as its results are fetched
+            if not workers or isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             warn("a worker died: out of memory, or /dev/shm is too small (docker run --shm-size=1g); going on without")
             traceback.clear_frames(error.__traceback__)

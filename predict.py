@@ -8,9 +8,16 @@ out on stdout: its path, then the likeliest classes with their probabilities.
 For lists with labels a table of what was right follows, and a report to look at.
 """
 
+from transfer import interrupts
+
+if __name__ == "__main__":
+    interrupts.guard_imports()  # before torch's, which takes seconds
+
 import argparse
 import csv
+import functools
 import io
+import itertools
 import json
 import os
 import sys
@@ -23,13 +30,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from train import Views, draw_views
-from transfer.backbone import PASS_BATCH, backbone_of, each_image, embed, embed_in_order, inference_copy
+from transfer.backbone import PASS_BATCH, backbone_of, each_image, embed, embed_batches, embed_in_order, inference_copy
 from transfer.checkpoint import load_checkpoint
 from transfer.console import Help, Progress, UserError, fraction, one_line_errors, shown, whole
 from transfer.device import Compute, pick_device, pick_precision
 from transfer.distributed import cores_of_rank
 from transfer.images import as_rgb, read_image, upright
 from transfer.lists import ImageList, ListsError, read_list
+from transfer.piped import OwnPaths, PipedPaths
 from transfer.scores import Scores, likeliest, score_table
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".mpo", ".heic")
@@ -82,13 +90,29 @@ def predict_images(classifier: Classifier, listed: ImageList, batch_size: int) -
         yield index, features if isinstance(features, str) else classifier.head(features).softmax(0)
 
 
+@torch.inference_mode()
+def predict_piped(classifier: Classifier, batch_size: int) -> Iterator[tuple[bytes, Tensor | str]]:
+    """The same for the paths on standard input, as soon as they come: each path and its probabilities or the reason.
+
+    Raises UserError (status 1) where standard input can't be read as lines.
+    """
+    pipe, dataset = PipedPaths(batch_size), Views(OwnPaths(), [0], seed=0)
+    for few, workers in ((True, 0), (False, classifier.compute.workers)):  # they start once they pay, and stay
+        if not few and not pipe.unanswered:
+            return
+        compute, batches = replace(classifier.compute, workers=workers), functools.partial(pipe.batches, few)
+        for (_, path), features in each_image(embed_batches(classifier.backbone, dataset, batches, compute=compute)):
+            yield path, features if isinstance(features, str) else classifier.head(features).softmax(0)
+            pipe.answered()
+
+
 def find_images(arguments: Sequence[str], root: Path) -> tuple[ImageList, bool]:
     """The images that files, folders and lists name, and whether all have labels. Raises UserError."""
     parts, problems, labelled = [], [], True
     for argument in arguments:
         folder = os.path.isdir(argument)
         if argument.endswith(".txt") and not folder:
-            listed, wrong = read_list(Path(argument), root)
+            listed, wrong = read_list(Path(argument), root, check_files=False)  # each has a row
             problems += wrong
             parts.append(listed)
             continue
@@ -112,25 +136,14 @@ def find_images(arguments: Sequence[str], root: Path) -> tuple[ImageList, bool]:
     return ImageList("", paths, labels, range(len(paths))), labelled
 
 
-def piped_images() -> Iterator[ImageList]:
-    """The paths that arrive on standard input, one a line, as soon as they do."""
-    rest = b""
-    while text := sys.stdin.buffer.read1():
-        *lines, rest = (rest + text).split(b"\n")
-        paths = [line.rstrip(b"\r") for line in lines if line.strip()]
-        if paths:
-            yield ImageList("-", paths, [0] * len(paths), range(len(paths)))
-    if rest.strip():
-        yield ImageList("-", [rest], [0], [0])
-
-
 # What is printed: a row an image
 
 
 def row_printer(style: str, classes: Sequence[str], top_k: int, min_prob: float) -> Callable[..., None]:
     """A function that prints one image's row: its path, its true class or None, its probabilities or an error.
 
-    text: for people, errors on stderr. csv: RFC 4180 with a header. json: an object a line.
+    text: for people, errors on stderr. csv: RFC 4180 with a header. json: an object a line. Names are exact in csv
+    and json, for programs; but a terminal never gets their control characters, which JSON escapes by itself.
     """
     count = min(top_k, len(classes))
     writer = csv.writer(sys.stdout)
@@ -139,6 +152,7 @@ def row_printer(style: str, classes: Sequence[str], top_k: int, min_prob: float)
             sys.stdout.reconfigure(newline="")
         tops = [column for n in range(1, count + 1) for column in (f"class{n}", f"prob{n}")]
         writer.writerow(["path", "error", "truth", "name", *tops])
+    exact = not sys.stdout.isatty()
 
     def print_row(path: bytes, truth: str | None, found: Tensor | str) -> None:
         error = found if isinstance(found, str) else None
@@ -148,8 +162,8 @@ def row_printer(style: str, classes: Sequence[str], top_k: int, min_prob: float)
             top = [{"class": each, "prob": prob} for each, prob in tops]
             print(json.dumps({"path": os.fsdecode(path), "error": error, "truth": truth, "name": name, "top": top}))
         elif style == "csv":
-            cells = [item for pair in tops for item in pair] or [None] * (2 * count)
-            writer.writerow([os.fsdecode(path), error, truth, name, *cells])
+            cells = [os.fsdecode(path), error, truth, name, *itertools.chain(*tops or [(None, None)] * count)]
+            writer.writerow(cells if exact else [shown(cell) if isinstance(cell, str) else cell for cell in cells])
         elif error:
             print(f"error: {shown(path)}: {error}", file=sys.stderr)
         else:
@@ -193,6 +207,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     listed, labelled = (None, False) if piped else find_images(args.images, args.root)
     if args.report and not labelled:
         raise UserError("--report: needs labels; give a list of lines with path and label, ending in .txt")
+    if args.report:
+        from transfer.report import check_target, save_report  # its drawing is no business of a plain prediction
+
+        history = f"{os.path.splitext(args.model)[0]}.csv"
+        check_target(args.report, [*args.images, args.model, history, *listed.paths()])
     classifier = load(args.model, args.device, cores_of_rank() if args.workers is None else args.workers)
     classes = classifier.classes
     if labelled and int(listed.labels.max()) >= len(classes):
@@ -203,28 +222,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_row = row_printer(args.format, classes, args.top_k, args.min_prob or 0)
     batch_size = args.batch_size or PASS_BATCH[classifier.compute.device.type]
     scores, scored, unread = Scores(len(classes)), [], 0
-    for group in piped_images() if piped else [listed]:
-        progress = None if piped or sys.stdout.isatty() else Progress("predicted", len(group))
-        for index, found in predict_images(classifier, group, batch_size):
-            path, label = group.path(index), int(group.labels[index])
-            print_row(path, classes[label] if labelled else None, found)
-            if isinstance(found, str):
-                unread += 1
-            elif labelled:
-                scores.add(label, found)
-                if args.report:
-                    scored.append((path, label, found))
-            if progress:
-                progress.add(1)
-            if (index + 1) % batch_size == 0:
-                sys.stdout.flush()
-        sys.stdout.flush()
+    progress = None if piped or sys.stdout.isatty() else Progress("predicted", len(listed))
+    answers = predict_piped(classifier, batch_size) if piped else predict_images(classifier, listed, batch_size)
+    for row, found in answers:
+        path, label = (row, None) if piped else (listed.path(row), int(listed.labels[row]))
+        print_row(path, classes[label] if labelled else None, found)
+        sys.stdout.flush()  # somebody may wait for it
+        if isinstance(found, str):
+            unread += 1
+        elif labelled:
+            scores.add(label, found)
+            if args.report:
+                scored.append((path, label, found))
+        if progress:
+            progress.add(1)
     if scores.count:
         table = sys.stdout if args.format == "text" else sys.stderr  # rows alone in what programs read
         print(f"\n{score_table(scores, classes)}", file=table)
     if scored:
-        from transfer.report import save_report  # its drawing is no business of a plain prediction
-
         found = {"about": classifier.about, "scores": scores, "classes": classes, "images": scored}
         save_report(args.report, **found, model=args.model, list_name=", ".join(map(shown, args.images)))
         print(f"\nreport saved in {shown(args.report)}", file=table)

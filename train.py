@@ -12,6 +12,11 @@ then trains the head on those, in milliseconds. `predict.py` uses the result.
 This file is the recipe; what it stands on lies in transfer/, a file a subject.
 """
 
+from transfer import interrupts
+
+if __name__ == "__main__":
+    interrupts.guard_imports()  # before torch's, which takes seconds
+
 import argparse
 import csv
 import functools
@@ -341,8 +346,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_output(args.out, args.cache)
     read = [path for path in (args.train, args.test, args.classes, args.weights) if path]
     check_outputs("--out", outputs_of(args.out), itertools.chain(read, train.each_path(), test.each_path()))
-    weights, origin, caveats = find_weights(args.weights)
     join_ranks()
+    weights, origin, caveats = find_weights(args.weights)  # one rank a machine downloads them
     for caveat in caveats:
         warn(caveat)
     print(f"device    {device}, {str(compute.dtype).removeprefix('torch.')}")

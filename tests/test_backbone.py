@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,6 +134,20 @@ def test_a_dead_worker_gets_a_warning_that_names_shm_size_and_the_run_goes_on(tr
     }
     assert Path("best.csv").read_text() == Path("expected.csv").read_text()
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_dies_while_its_results_are_used_disturbs_nobody(few, capsys):
+    photos, _ = read_list(Path("train.txt"), Path())
+    backbone = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+    options = {"compute": replace(CPU, workers=2), "batch_size": 1}
+    rows = []
+    for indices, _, _ in embed_in_order(backbone, train.Views(photos, [0], 0), range(6), **options):
+        if not rows:
+            for child in multiprocessing.active_children():
+                child.kill()
+            time.sleep(0.3)  # a use of the result, in which the news comes
+        rows += indices
+    assert rows == list(range(6)) and capsys.readouterr().err.count("a worker died") == 1
 
 
 @pytest.mark.parametrize(

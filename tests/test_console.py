@@ -1,6 +1,7 @@
 """What the user is told: one line, names escaped, no orphans."""
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from conftest import PLAIN, ROOT, add_line, make_photos, run_main
 
 import predict
+from transfer import console
 
 ODD_NAMES = {
     "ünï 世界.png": "ünï 世界.png",
@@ -99,3 +101,99 @@ def test_ctrl_c_and_sigterm_end_a_run_with_one_line_and_no_orphans(tmp_path):
                 os.killpg(run.pid, 0)
                 time.sleep(0.1)
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("script", ["train.py", "predict.py"])
+def test_ctrl_c_while_torch_is_being_imported_is_one_line(tmp_path, script):
+    # The moment is certain: a torch that says when its import begins, and goes on.
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    code = f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r}); runpy.run_path('{script}', run_name='__main__')"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as run:
+        assert run.stdout.readline() == "importing\n"
+        run.send_signal(signal.SIGINT)
+        assert (run.stderr.read(), run.wait(20)) == ("stopped by Ctrl-C\n", 130)
+
+
+@pytest.mark.parametrize("script", ["train.py", "predict.py"])
+def test_ctrl_c_a_moment_after_the_start_shows_no_traceback(script):
+    for seconds in (0.3, 0.7):
+        with subprocess.Popen([sys.executable, script, "none.txt"], cwd=ROOT, stderr=subprocess.PIPE, text=True) as run:
+            time.sleep(seconds)
+            run.send_signal(signal.SIGINT)
+            assert "Traceback" not in run.stderr.read()
+
+
+def test_where_ctrl_c_is_ignored_as_in_the_background_it_stays_so():
+    code = (
+        "import signal; from transfer import interrupts; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        "interrupts.guard_imports(); signal.raise_signal(signal.SIGINT); interrupts.hand_over();"
+        "signal.raise_signal(signal.SIGINT); print('still here')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("still here\n", "")
+
+
+def test_importing_the_scripts_leaves_ctrl_c_alone():
+    code = "import signal, train, predict; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).stdout == b"True\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0 s"),
+        (11.6, "12 s"),
+        (59.7, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (3599.7, "1 h 00 min"),
+        (3900, "1 h 05 min"),
+        (86400 * 30, "720 h 00 min"),
+    ],
+)
+def test_times_are_told_in_the_two_units_that_matter(seconds, words):
+    assert console.duration(seconds) == words
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """A function that tells what Progress prints of 1,000 images, one every so many seconds."""
+
+    class Stream(io.StringIO):
+        terminal = False
+
+        def isatty(self):
+            return self.terminal
+
+    def watched(seconds_each, terminal=False):
+        now, stream = [0.0], Stream()
+        stream.terminal = terminal
+        monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
+        monkeypatch.setattr(console.sys, "stderr", stream)
+        progress = console.Progress("epoch 3:", 1000)
+        for _ in range(1000):
+            now[0] += seconds_each
+            progress.add(1)
+        return stream.getvalue()
+
+    return watched
+
+
+def test_a_log_gets_a_line_of_progress_every_tenth_and_at_most_one_a_minute(watch):
+    lines = watch(4).splitlines()  # 400 s a tenth
+    assert len(lines) == 10 and lines[0] == "epoch 3: 100/1,000 images  0.2/s  1 h 00 min left"
+    assert lines[9] == "epoch 3: 1,000/1,000 images  0.2/s  0 s left"
+    done = [line.split("/")[0] for line in watch(0.25).splitlines()]  # 25 s a tenth
+    assert done == ["epoch 3: 240", "epoch 3: 480", "epoch 3: 720", "epoch 3: 960"]
+    assert watch(0.059) == ""
+
+
+def test_a_terminal_gets_one_line_of_progress_that_renews_itself(watch):
+    text = watch(0.25, terminal=True)
+    assert text.count("\n") == 1 and text.endswith("\repoch 3: 1,000/1,000 images  4.0/s  0 s left\n")
+    assert "\repoch 3: 200/1,000 images  4.0/s  3 min 20 s left\r" in text
+
+
+def test_progress_is_rank_0s_alone(watch, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert watch(4) == watch(4, terminal=True) == ""

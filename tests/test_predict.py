@@ -2,13 +2,18 @@
 
 import csv
 import dataclasses
+import errno
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,8 +24,9 @@ from PIL import Image
 import predict
 import train
 from transfer.checkpoint import load_checkpoint
-from transfer.console import UserError
+from transfer.console import UserError, shown
 from transfer.images import ImageError
+from transfer.piped import CHUNKS_AHEAD, PipedPaths
 
 
 def test_predict_names_the_foods_and_is_right_as_often_as_training_said(sample_run):
@@ -85,7 +91,12 @@ def quick(model, monkeypatch):
     """A backbone of next to no work: for tests in which what the network sees plays no part."""
     torch.manual_seed(0)
     backbone = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(1), torch.nn.Linear(48, 512)).eval()
-    monkeypatch.setattr(predict, "load", lambda *_: dataclasses.replace(model, backbone=backbone))
+
+    def load(path, device, workers):
+        compute = dataclasses.replace(model.compute, workers=workers)
+        return dataclasses.replace(model, backbone=backbone, compute=compute)
+
+    monkeypatch.setattr(predict, "load", load)
 
 
 def answer(*args, status=0):
@@ -138,6 +149,53 @@ def test_a_report_without_labels_is_an_error_before_any_work(model, monkeypatch,
     out, err = answer(*images, "--report", "report.html", status=2)
     assert out == "" and err.startswith("error: --report: needs labels") and err.count("\n") == 1
     assert not Path("report.html").exists()
+
+
+TARGETS = {
+    "missing/report.html": "can't write in missing ({ENOENT}); name a file in another folder",
+    "red.png/report.html": "can't write in red.png ({ENOTDIR}); name a file in another folder",
+    "folder": "is a directory; name a file",
+    "pipe": "not a regular file; name another",
+    "/dev/null": "not a regular file; name another",
+    "list.txt": "is read by this run; name another file to write",
+    "../{here}/red.png": "is read by this run; name another file to write",
+    "./best.pth": "is read by this run; name another file to write",
+    "best.csv": "is read by this run; name another file to write",
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_report_that_cannot_or_must_not_be_written_is_an_error_before_any_work(model, monkeypatch, target):
+    monkeypatch.setattr(predict, "load", lambda *args: pytest.fail("worked first"))
+    Path("list.txt").write_text("red.png 0\ngreen.png 1\n")
+    Path("best.csv").write_text("epoch\n")
+    os.mkdir("folder")
+    os.mkfifo("pipe")
+    before = {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
+    why = TARGETS[target]
+    for code in ("ENOENT", "ENOTDIR"):
+        why = why.replace(f"{{{code}}}", os.strerror(getattr(errno, code)).lower())
+    target = target.format(here=Path.cwd().name)
+    out, err = answer("list.txt", "--report", target, status=2)
+    assert (out, err) == ("", f"error: --report {Path(target)}: {why}\n")
+    assert {path: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("wrong", [".", "/", ""])
+def test_a_report_of_no_model_is_one_line(model, wrong):
+    Path("list.txt").write_text("red.png 0\n")
+    out, err = answer("list.txt", "--report", "report.html", "--model", wrong, status=2)
+    assert out == "" and err.count("\n") == 1 and err.endswith("not a regular file; name a file of weights\n")
+
+
+def test_a_report_replaces_the_one_before_it_whole(model, quick):
+    Path("list.txt").write_text("red.png 0\ngreen.png 1\n")
+    Path("report.html").write_text("the old one" * 10**6)
+    os.link("report.html", "kept.html")  # what writes into the old file would change this too
+    out, _ = answer("list.txt", "--report", "report.html")
+    assert out.endswith("\nreport saved in report.html\n")
+    assert Path("report.html").read_text().endswith("</html>\n")
+    assert Path("kept.html").read_text() == "the old one" * 10**6
 
 
 AWKWARD = 'a, "b"\nc.png'
@@ -229,23 +287,202 @@ def test_a_bad_image_does_not_count_in_the_accuracy(model):
     assert out == "" and err == "error: bad.png: not an image\n"
 
 
-def test_paths_on_standard_input_are_answered_while_it_is_open_and_a_closed_pipe_ends_quietly(model):
-    command = [sys.executable, str(ROOT / "predict.py"), "-", "--workers", "0", "--device", "cpu"]
+def test_a_listed_image_that_is_missing_is_an_error_row_and_the_rest_is_predicted(model, quick):
+    os.mkdir("folder.png")
+    Path("list.txt").write_text("none.png 2\nred.png 0\nfolder.png 0\ngreen.png 1\n")
+    words = os.strerror(errno.ENOENT).lower()
+    out, err = answer("list.txt", status=1)
+    assert err == f"error: none.png: {words}\nerror: folder.png: not a regular file\n"
+    assert [line.split("  ")[0] for line in out.splitlines()[:2]] == ["red.png", "green.png"] and " of 2, " in out
+    text = answer("list.txt", "--format", "csv", status=1)[0]
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    assert [(row["path"], row["error"], row["truth"], bool(row["name"])) for row in rows] == [
+        ("none.png", words, "blue", False),
+        ("red.png", "", "red", True),
+        ("folder.png", "not a regular file", "red", False),
+        ("green.png", "", "green", True),
+    ]
+    found = [json.loads(line) for line in answer("list.txt", "--format", "json", status=1)[0].splitlines()]
+    assert [row["error"] for row in found] == [words, None, "not a regular file", None]
+
+
+NASTY = "\x1b[2J\x07\x7f\x9b,\u202e"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_rows_hold_names_as_they_are_but_never_send_control_characters_to_a_terminal(model, monkeypatch, terminal):
+    class Stream(io.StringIO):
+        def isatty(self):
+            return terminal
+
+    os.rename("red.png", f"{NASTY}.png")
+    classes = [f"{NASTY}{name}" for name in model.classes]
+    monkeypatch.setattr(predict, "load", lambda *_: dataclasses.replace(model, classes=classes))
+    monkeypatch.setattr(io, "StringIO", Stream)
+    seen = shown(NASTY) if terminal else NASTY
+    out, _ = answer(f"{NASTY}.png", "--format", "csv")
+    _, row = csv.reader(out.splitlines())
+    assert (row[0], row[3], row[4]) == (f"{seen}.png", f"{seen}red", f"{seen}red") and float(row[5]) > 1 / 3
+    assert terminal == out.replace("\r\n", "").isprintable()
+    out, _ = answer(f"{NASTY}.png", "--format", "json")
+    row = json.loads(out)
+    assert (row["path"], row["name"]) == (f"{NASTY}.png", f"{NASTY}red") and out.strip().isprintable()
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_paths_on_standard_input_are_answered_while_it_is_open_and_a_closed_pipe_ends_quietly(model, workers):
+    options = ["--workers", workers, "--batch-size", "1", "--device", "cpu"]
+    command = [sys.executable, str(ROOT / "predict.py"), "-", *options]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     buffered = os.environ | {"PYTHONUNBUFFERED": ""}
     with subprocess.Popen(command, env=buffered, **pipes) as piped:
         overdue = threading.Timer(60, piped.kill)  # what is not flushed would be waited for without end
         overdue.start()
-        for colour in ("red", "green"):
-            piped.stdin.write(f"{colour}.png\n".encode())
+        for colours in (["red"], ["red", "green", "blue"], ["red"], ["green"]):  # three of them start the workers
+            piped.stdin.write("".join(f"{colour}.png\n" for colour in colours).encode())
             piped.stdin.flush()
-            assert piped.stdout.readline().startswith(f"{colour}.png  {colour} ".encode())
+            for colour in colours:
+                assert piped.stdout.readline().startswith(f"{colour}.png  {colour} ".encode())
         piped.stdout.close()  # as `| head -2` does
         piped.stdin.write(b"blue.png\n")
         piped.stdin.close()
         assert piped.stderr.read() == b""
         overdue.cancel()
     assert piped.returncode == 141  # as of any program that SIGPIPE ends
+
+
+@pytest.fixture
+def pipe(model, quick, monkeypatch, tmp_path):
+    """A function that pipes bursts of lines, each once all before it are answered. Rows as (path, error), stderr, and
+    the workers' ids.
+    """
+
+    def piped(*bursts, before_next=lambda: None):
+        ours, theirs = os.pipe()
+        answered, original = threading.Semaphore(0), PipedPaths.answered
+
+        def set_up(number):
+            os.close(os.open(f"worker {os.getpid()}", os.O_CREAT))
+            os.close(theirs)  # a fork of the writer's process, which else would keep the pipe open
+
+        def write():
+            with open(theirs, "wb", buffering=0) as end:
+                for burst in bursts:
+                    end.write("".join(f"{name}\n" for name in burst).encode())
+                    for _ in burst:
+                        assert answered.acquire(timeout=30)
+                    before_next()
+
+        monkeypatch.setattr("transfer.backbone.ignore_interrupts", set_up)
+        monkeypatch.setattr(PipedPaths, "answered", lambda self: (original(self), answered.release()))
+        with open(ours, "rb") as source:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(source))
+            threading.Thread(target=write, daemon=True).start()
+            status, out, err = run_main(predict.main, "-", "--device", "cpu", "--workers", 2, "--format", "json")
+        assert status == 0, err
+        assert not multiprocessing.active_children()
+        rows = [json.loads(line) for line in out.splitlines()]
+        return [row["path"] for row in rows], err, [path.name for path in tmp_path.glob("worker *")]
+
+    return piped
+
+
+def test_a_whole_pipe_has_one_set_of_workers_and_rows_in_its_order(pipe):
+    names = [f"{'./' * (number % 9)}{('red', 'green', 'blue')[number % 3]}.png" for number in range(1000)]
+    bursts = [names[:1], names[1:4], names[4:200], names[200:210], names[210:211], names[211:600], names[600:]]
+    paths, err, workers = pipe(*bursts)
+    assert (paths, err, len(workers)) == (names, "", 2)
+
+
+def test_few_piped_paths_start_no_workers(pipe):
+    assert pipe(["red.png"], ["green.png"] * 8) == (["red.png", *["green.png"] * 8], "", [])
+
+
+DIED = "warning: a worker died: out of memory, or /dev/shm is too small (docker run --shm-size=1g); going on without\n"
+
+
+def test_where_a_pipes_worker_dies_at_its_work_the_rest_is_done_without(pipe, monkeypatch):
+    parent, read = os.getpid(), train.read_image
+
+    def dying(path):
+        if os.getpid() != parent and path == b"blue.png":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(path)
+
+    monkeypatch.setattr(train, "read_image", dying)
+    names = ["red.png", "green.png"] * 20 + ["blue.png"] + ["green.png", "red.png"] * 40
+    assert pipe(names, ["blue.png", "red.png"])[:2] == ([*names, "blue.png", "red.png"], DIED)
+
+
+def test_where_a_pipes_worker_dies_while_no_path_is_there_the_rest_is_done_without(pipe, monkeypatch):
+    waiting, original = threading.Event(), PipedPaths.take
+
+    def take(self, wait):
+        (waiting.set if wait else waiting.clear)()
+        original(self, wait)
+
+    monkeypatch.setattr(PipedPaths, "take", take)
+
+    def kill():
+        assert waiting.wait(30)
+        for child in multiprocessing.active_children()[:1]:
+            child.kill()
+            time.sleep(0.3)  # its parent, which waits for a path, hears of it
+
+    names = ["red.png", "green.png"] * 10
+    assert pipe(names, ["blue.png"], names, before_next=kill)[:2] == ([*names, "blue.png", *names], DIED)
+
+
+class Source(io.RawIOBase):
+    """Standard input that is read piece by piece."""
+
+    def __init__(self, pieces):
+        self.pieces, self.reads = iter(pieces), 0
+
+    def read(self, size):
+        self.reads += 1
+        piece = next(self.pieces, b"")
+        if isinstance(piece, OSError):
+            raise piece
+        return piece
+
+    def readable(self):
+        return True
+
+
+def put_in(monkeypatch, pieces):
+    source = Source(pieces)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(source)))
+    return source
+
+
+def test_of_an_endless_pipe_little_is_read_ahead(monkeypatch):
+    source = put_in(monkeypatch, itertools.repeat(b"red.png\n" * 100))
+    pipe = PipedPaths(8)
+    for number, batch in enumerate(itertools.islice(pipe.batches(few=False), 50)):
+        assert [count for count, _ in batch] == list(range(8 * number, 8 * number + 8))
+        for _ in batch:
+            pipe.answered()
+        assert len(pipe.unanswered) <= 108
+    time.sleep(0.2)
+    assert source.reads <= 4 + CHUNKS_AHEAD + 2  # 400 lines were answered
+
+
+@pytest.mark.parametrize(
+    ("pieces", "words"),
+    [
+        ([b"red.png\n", *[b"x" * 60_000] * 3], "a line too long for a path; give one path a line"),
+        (
+            [b"red.png\n", OSError(errno.EIO, "Input/output error")],
+            "input/output error; pipe paths into it, one a line",
+        ),
+    ],
+)
+def test_standard_input_that_holds_no_lines_is_an_error(model, monkeypatch, pieces, words):
+    source = put_in(monkeypatch, pieces)
+    out, err = answer("-", "--format", "csv", status=1)
+    assert out.count("red.png") == 1 and err == f"error: standard input: {words}\n"
+    assert source.reads <= 3
 
 
 def test_standard_input_is_a_path_a_line_in_either_systems_line_ends(model, monkeypatch):

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from transfer import report
-from transfer.console import UserError
+from transfer.console import UserError, shown
 from transfer.scores import Scores
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&</title><script>alert(2)</script>\x1b[31m\u202e"
@@ -281,7 +281,7 @@ def test_photos_are_embedded_small_and_a_lost_one_is_a_grey_square(tmp_path):
 
 
 def test_a_folder_as_target_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="--report .*: is a directory"):
+    with pytest.raises(UserError, match=f"{re.escape(shown(tmp_path))}: is a directory"):
         written(tmp_path, case(3, 12), target="")
 
 

@@ -1,5 +1,6 @@
 """The frozen backbone over images, batch by batch: decoded, viewed and embedded in parallel, in order."""
 
+import contextlib
 import copy
 import functools
 import math
@@ -7,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,8 @@ NORMALIZE = T.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])  
 PASS_BATCH = {"cpu": 8, "cuda": 256, "mps": 64}
 # A forked worker starts at once; a spawned one imports torch first, but is safe everywhere.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+# Row numbers, values (n, ...) or (n, per_image, ...), and the reasons by row of what can't be read.
+Embedded = tuple[list[int], Tensor, dict[int, str]]
 READING_VERSION = 2  # of how images become numbers, up to `embed`: raise it and no cached feature is used
 
 
@@ -70,6 +74,14 @@ def ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def notice_deaths_while_waiting() -> None:
+    """A worker's death is noticed by its DataLoader within five seconds of waiting for it, where it can be handled:
+    not at once by torch's signal handler, which raises wherever this process is, as in printing an earlier result.
+    """
+    with contextlib.suppress(ValueError, AttributeError):  # not the main thread, or Windows: there is no handler
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def in_smaller_parts(embed_views: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The same function, in 2, 4, then 8 parts where the device's memory is too small for the whole."""
     parts = 1
@@ -98,9 +110,33 @@ def embed_in_order(
     compute: Compute,
     batch_size: int,
     per_image: int = 1,
-) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
-    """Decode the rows of a dataset, and give what a module makes of their views, batch by batch, in order:
-    row numbers, values (n, ...) or (n, per_image, ...), and the reasons by row of what can't be read.
+) -> Iterator[Embedded]:
+    """Decode the rows of a dataset, and give what a module makes of their views, batch by batch, in order.
+
+    Raises as `embed_batches` does.
+    """
+    done, workers = 0, min(compute.workers, math.ceil(len(rows) / batch_size))
+
+    def batches() -> Iterator[Sequence[int]]:
+        return (rows[start : start + batch_size] for start in range(done, len(rows), batch_size))
+
+    for batch in embed_batches(
+        module, dataset, batches, compute=replace(compute, workers=workers), per_image=per_image
+    ):
+        yield batch
+        done += len(batch[0]) + len(batch[2])
+
+
+def embed_batches(
+    module: nn.Module,
+    dataset: Dataset,
+    batches: Callable[[], Iterator[Sequence]],
+    *,
+    compute: Compute,
+    per_image: int = 1,
+) -> Iterator[Embedded]:
+    """`embed_in_order`, of batches that need not be known beforehand: what `batches` gives when it is first called,
+    and where workers died, when it is called again for those without an answer. It may give an empty one.
 
     On a CPU the worker that decodes an image also runs the module on it, single-threaded: no core waits for
     another, and features travel instead of pixels. For other devices workers decode and pixels travel.
@@ -109,32 +145,35 @@ def embed_in_order(
     """
     embed_views = functools.partial(embed, module, compute=compute)
     here = None if compute.device.type == "cpu" else in_smaller_parts(embed_views)
-    workers, done = compute.workers, 0
-    while done < len(rows):
+    workers, whole = compute.workers, False
+    while not whole:
         loader = DataLoader(
             dataset,
-            batch_size=batch_size,
-            sampler=rows[done:],
-            num_workers=min(workers, math.ceil((len(rows) - done) / batch_size)),
+            batch_sampler=batches(),
+            num_workers=workers,
             collate_fn=functools.partial(collate, embed_views=None if here else embed_views),
             pin_memory=compute.device.type == "cuda",
             worker_init_fn=ignore_interrupts,
             multiprocessing_context=START_METHOD if workers else None,
         )
+        embedded = None
         try:
-            for indices, values, bad in loader:
+            embedded = iter(loader)
+            notice_deaths_while_waiting()
+            for indices, values, bad in embedded:
                 values = here(values) if here and indices else values
                 yield indices, values.unflatten(0, (-1, per_image)) if per_image > 1 and indices else values, bad
-                done += len(indices) + len(bad)
-        except RuntimeError as error:
-            if not workers or "DataLoader worker" not in str(error):
+            whole = True
+        except (RuntimeError, OSError, EOFError) as error:  # the last two where it dies as its results are fetched
+            if not workers or isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             warn("a worker died: out of memory, or /dev/shm is too small (docker run --shm-size=1g); going on without")
-            traceback.clear_frames(error.__traceback__)  # ends the other workers now, not with the next garbage
+            traceback.clear_frames(error.__traceback__)
+            del embedded  # ends the other workers now, not with the next garbage
             workers = 0
 
 
-def each_image(batches: Iterable[tuple[list[int], Tensor, dict[int, str]]]) -> Iterator[tuple[int, Tensor | str]]:
+def each_image(batches: Iterable[Embedded]) -> Iterator[tuple[int, Tensor | str]]:
     """Image by image, in order: its row and its values, float32 on the CPU, or the reason why it has none."""
     for rows, values, bad in batches:
         yield from sorted([*zip(rows, values.cpu().float(), strict=False), *bad.items()], key=lambda image: image[0])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import distributed as dist
 
+from transfer import interrupts
 from transfer.distributed import launched, my_rank
 
 SHOWN_PROBLEMS = 10
@@ -77,6 +78,7 @@ def one_line_errors() -> Iterator[None]:
 
     with contextlib.suppress(ValueError):  # not the main thread: the caller owns the signals
         signal.signal(signal.SIGTERM, terminate)
+        interrupts.hand_over()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name never crashes an ASCII terminal
@@ -106,24 +108,46 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(status)
 
 
+def duration(seconds: float) -> str:
+    """A time in the two units that matter: 1 h 05 min, 3 min 20 s, 12 s."""
+    whole_seconds = round(seconds)
+    minutes = round(seconds / 60)
+    if whole_seconds < 60:
+        return f"{whole_seconds} s"
+    if whole_seconds < 3600:
+        return f"{whole_seconds // 60} min {whole_seconds % 60:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 class Progress:
-    """Images done, images/s and time left, on stderr where that is a terminal."""
+    """Images done, images/s and time left, on rank 0's stderr: a line that renews itself on a terminal, elsewhere
+    a line a tenth of the work, at least a minute apart, so that a log shows life.
+    """
 
     def __init__(self, what: str, total: int):
-        self.what, self.total, self.done, self.width = what, total, 0, 0
+        self.what, self.total, self.done, self.tenths, self.width = what, total, 0, 0, 0
         self.began = self.said = time.perf_counter()
 
     def add(self, count: int) -> None:
         self.done += count
-        now = time.perf_counter()
-        if my_rank() or not sys.stderr.isatty() or (now - self.said < 0.2 and self.done < self.total):
+        now, tenths = time.perf_counter(), 10 * self.done // self.total
+        if my_rank():
             return
-        self.said = now
+        if sys.stderr.isatty():
+            if now - self.said < 0.2 and self.done < self.total:
+                return
+        elif now - self.said < 60 or tenths == self.tenths:
+            return
+        self.said, self.tenths = now, tenths
         rate = self.done / (now - self.began)
-        left = (self.total - self.done) / rate
-        line = f"{self.what} {self.done:,}/{self.total:,} images  {rate:.0f}/s  {left:.0f} s left"
-        print(f"\r{line:<{self.width}}", end="\n" if self.done == self.total else "", file=sys.stderr, flush=True)
-        self.width = len(line)
+        left = duration((self.total - self.done) / rate)
+        line = f"{self.what} {self.done:,}/{self.total:,} images  {rate:.{int(rate < 10)}f}/s  {left} left"
+        if sys.stderr.isatty():
+            end = "\n" if self.done == self.total else ""
+            print(f"\r{line:<{self.width}}", end=end, file=sys.stderr, flush=True)
+            self.width = len(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

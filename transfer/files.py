@@ -124,16 +124,15 @@ def check_outputs(flag: str, outputs: Sequence[Path], inputs: Iterable[str | byt
     for path in outputs:
         if path.exists():
             if not path.is_file():
-                raise UserError(f"{flag}: {shown(path)} is no regular file, and would be replaced; name another")
+                what = "is a directory; name a file" if path.is_dir() else "not a regular file; name another"
+                raise UserError(f"{flag} {shown(path)}: {what}")
             info = path.stat()
             there[info.st_dev, info.st_ino] = path
     for given in inputs if there else ():
         with contextlib.suppress(OSError):  # what is not there can't be overwritten
             info = os.stat(given)
             if path := there.get((info.st_dev, info.st_ino)):
-                raise UserError(
-                    f"{flag}: {shown(path)} is read by this run; name another file to write"
-                )
+                raise UserError(f"{flag} {shown(path)}: is read by this run; name another file to write")
 
 
 def prepare_output(path: Path, cache: Path | None) -> None:

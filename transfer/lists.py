@@ -127,8 +127,9 @@ def label_problem(fields: Sequence[bytes]) -> str | None:
     return None
 
 
-def read_list(list_path: Path, root: Path) -> tuple[ImageList, list[str]]:
-    """Parse `path label` lines. Returns the images and all problems, each as `FILE:LINE: reason; fix`.
+def read_list(list_path: Path, root: Path, check_files: bool = True) -> tuple[ImageList, list[str]]:
+    """Parse `path label` lines. Returns the images and all problems, each as `FILE:LINE: reason; fix`; without
+    check_files images may be missing.
 
     Lines are bytes until they are shown: no locale has a say in them.
     """
@@ -153,7 +154,7 @@ def read_list(list_path: Path, root: Path) -> tuple[ImageList, list[str]]:
                 both = f"label {label} here and {labels[earlier]} on line {lines[earlier]}"
                 problems.append(f"{name}:{number}: {shown(entry)} has {both}; keep one of the two")
             continue
-        if problem := file_problem(path):
+        if check_files and (problem := file_problem(path)):
             hint = missing_hint(entry, list_path) if problem == "no such image" else "mend or remove the line"
             problems.append(f"{name}:{number}: {shown(entry)}: {problem}; {hint}")
         paths.append(path)

@@ -10,6 +10,7 @@ import html
 import io
 import math
 import os
+import tempfile
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from transfer.console import UserError, reason_of, shown
+from transfer.files import check_outputs, save_atomically
 from transfer.images import ImageError, read_image
 from transfer.scores import NONE, Scores, percent
 
@@ -519,6 +521,17 @@ def page(title: str, header: str, sections: Sequence[tuple[str, str, str]]) -> s
     )
 
 
+def check_target(path: Path, inputs: Iterable[str | bytes | os.PathLike]) -> None:
+    """Raises UserError where a report can't be written there, or would replace one of the inputs."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        why = f"can't write in {shown(path.parent)} ({reason_of(error)})"
+        raise UserError(f"--report {shown(path)}: {why}; name a file in another folder") from None
+    check_outputs("--report", [path], inputs)
+
+
 def save_report(
     path: Path,
     *,
@@ -548,7 +561,4 @@ def save_report(
         ("Confidence", confidence_section(scores, labels, probs), "whole"),
     )
     text = page(f"{plain(model)}: {scores.accuracy:.2%} of {plain(list_name)}", header, sections)
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--report {shown(path)}: {reason_of(error)}", status=1) from None
+    save_atomically(path, text.encode())

@@ -1,0 +1,88 @@
+"""Paths that arrive on standard input: read ahead, given out in batches, kept until they are answered."""
+
+import contextlib
+import itertools
+import queue
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+
+from transfer.console import UserError, reason_of
+
+CHUNK = 1 << 16  # bytes of standard input read at a time, and more than any path has
+CHUNKS_AHEAD = 4  # what is read before it is needed, so that an endless pipe takes no more
+
+
+def read_lines(found: queue.Queue) -> None:
+    """Put the lines of standard input into a queue, a list a read; None after the last, or a UserError."""
+    rest, source = b"", getattr(sys.stdin, "buffer", None)
+    try:
+        # Past the buffer: its lock, held by this thread while it waits, would keep the interpreter from ending.
+        while source and (chunk := source.raw.read(CHUNK)):
+            *lines, rest = (rest + chunk).split(b"\n")
+            found.put(lines)
+            if len(rest) > CHUNK:
+                found.put(UserError("standard input: a line too long for a path; give one path a line", status=1))
+                return
+        found.put([rest])
+        found.put(None)
+    except OSError as error:
+        found.put(UserError(f"standard input: {reason_of(error)}; pipe paths into it, one a line", status=1))
+
+
+class PipedPaths:
+    """The paths on standard input, one a line, as rows (number, path) for `embed_batches`.
+
+    unanswered: rows that have arrived, oldest first; given: how many of them are given out.
+    """
+
+    def __init__(self, batch_size: int):
+        self.batch_size, self.count, self.ended = batch_size, 0, False
+        self.unanswered, self.given = deque(), 0
+        self.found = queue.Queue(CHUNKS_AHEAD)
+        threading.Thread(target=read_lines, args=(self.found,), daemon=True).start()
+
+    def batches(self, few: bool) -> Iterator[list[tuple[int, bytes]]]:
+        """Batches of what has no answer yet, then of what arrives; if few, only until more than a batch is there.
+
+        A DataLoader asks for more batches before it hands out an answer, and whoever writes the paths may wait for
+        that answer: so where none is there but some are unanswered, an empty batch is given.
+        """
+        self.given = 0
+        while True:
+            if len(self.unanswered) - self.given <= self.batch_size:
+                self.take(wait=not self.unanswered)
+            if few and len(self.unanswered) > self.batch_size:
+                return
+            batch = [*itertools.islice(self.unanswered, self.given, self.given + self.batch_size)]
+            if self.ended and not batch:
+                return
+            self.given += len(batch)
+            yield batch
+
+    def take(self, wait: bool) -> None:
+        """Add the next paths, if they are there or to be waited for. Raises UserError (status 1)."""
+        with contextlib.suppress(queue.Empty):
+            while not self.ended:
+                lines = self.found.get(block=wait)
+                if isinstance(lines, UserError):
+                    raise lines
+                self.ended = lines is None
+                paths = [line.rstrip(b"\r") for line in lines or () if line.strip()]
+                self.unanswered.extend(enumerate(paths, self.count))
+                self.count += len(paths)
+                if paths:
+                    return
+
+    def answered(self) -> None:
+        """The oldest row has its answer."""
+        self.unanswered.popleft()
+        self.given -= 1
+
+
+class OwnPaths:
+    """Stands for an `ImageList` where rows are (number, path) themselves."""
+
+    def path(self, row: tuple[int, bytes]) -> bytes:
+        return row[1]

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -14,14 +15,17 @@ from torch import nn
 from torchvision.models import resnet18
 
 import train
+from transfer import backbone
 from transfer.backbone import (
     NORMALIZE,
     PASS_BATCH,
     backbone_of,
+    each_image,
     embed,
     embed_in_order,
     in_smaller_parts,
     inference_copy,
+    workers_with_room,
 )
 from transfer.checkpoint import load_backbone, load_checkpoint
 from transfer.console import warn_once
@@ -113,6 +117,7 @@ def test_spawned_workers_as_on_macos_and_windows_find_what_they_unpickle(colours
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.count(".png  ") == 12
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("death", ["killed", "shared memory full"])
 def test_a_dead_worker_gets_a_warning_that_names_shm_size_and_the_run_goes_on(trained, monkeypatch, death):
     Path("best.csv").rename("expected.csv")
@@ -129,13 +134,13 @@ def test_a_dead_worker_gets_a_warning_that_names_shm_size_and_the_run_goes_on(tr
     monkeypatch.setitem(PASS_BATCH, "cpu", 3)
     status, _, err = trained("--workers", 2)
     assert status == 0
-    assert set(err.splitlines()) == {
-        "warning: a worker died: out of memory, or /dev/shm is too small (docker run --shm-size=1g); going on without"
-    }
+    died = "warning: a worker died: out of memory, or /dev/shm is too small (docker run --shm-size=1g); going on"
+    assert set(err.splitlines()) == {f"{died} with 1", f"{died} without"}
     assert Path("best.csv").read_text() == Path("expected.csv").read_text()
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_worker_that_dies_while_its_results_are_used_disturbs_nobody(few, capsys):
     photos, _ = read_list(Path("train.txt"), Path())
     backbone = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
@@ -155,7 +160,7 @@ def test_a_worker_that_dies_while_its_results_are_used_disturbs_nobody(few, caps
 )
 def test_out_of_memory_halves_the_passs_batch_up_to_three_times(job, monkeypatch, error):
     # A device in name only: no parameter is moved to it.
-    monkeypatch.setattr(train, "pick_device", lambda _: torch.device("mps"))
+    monkeypatch.setattr("transfer.device.pick_device", lambda _: torch.device("mps"))
     monkeypatch.setattr(train, "backbone_of", lambda _: nn.Identity())
     monkeypatch.setitem(PASS_BATCH, "mps", 12)
     sizes, room = [], 2
@@ -169,7 +174,7 @@ def test_out_of_memory_halves_the_passs_batch_up_to_three_times(job, monkeypatch
     monkeypatch.setattr("transfer.backbone.embed", embed)
     said = "warning: the device is out of memory; the pass goes on in smaller batches\n"
     warn_once.cache_clear()
-    status, _, err = job()
+    status, _, err = job("--views", 1)
     assert (status, err.count(said), "error" in err) == (0, 1, False)
     assert sizes == [12, 6, 3, 2, 2, 2, 2, 2, 2] * 2  # in both lists' passes
     room = 1
@@ -177,6 +182,42 @@ def test_out_of_memory_halves_the_passs_batch_up_to_three_times(job, monkeypatch
     status, _, err = job("--out", "other.pth")
     assert (status, err) == (1, f"{said}error: the device is out of memory; run with --device cpu\n")
     assert not Path("other.pth").exists()
+
+
+def test_pixels_travel_in_small_parts_and_go_to_the_device_in_large_batches(few, monkeypatch):
+    listed, _ = read_list(Path("train.txt"), Path())
+    views, sizes, travelled = train.Views(listed, [0, 1], 0), [], []
+    monkeypatch.setattr("transfer.backbone.PART_VIEWS", 4)
+    monkeypatch.setattr("transfer.backbone.embed", lambda module, views, compute: sizes.append(len(views)) or views)
+    original = backbone.collate
+    monkeypatch.setattr(
+        backbone, "collate", lambda *args, **kw: travelled.append(len(args[0])) or original(*args, **kw)
+    )
+    Path("green/train_0.png").write_bytes(b"no image")
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)  # a device in name only
+    compute = Compute(torch.device("mps"), torch.float32)
+    found = list(embed_in_order(nn.Identity(), views, range(6), compute=compute, batch_size=5, per_image=2))
+    assert travelled == [2, 2, 1, 1] and sizes == [8, 2]
+    assert [rows for rows, *_ in found] == [[0, 1, 3, 4], [5]] and [bad for *_, bad in found] == [
+        {2: "not an image"},
+        {},
+    ]
+    for row, values in each_image(found):
+        assert isinstance(values, str) or torch.equal(values, views[row][1].float())
+
+
+def test_no_more_workers_are_started_than_shared_memory_has_room_for(monkeypatch):
+    usage = lambda free: lambda _: type("Usage", (), {"free": free})  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", usage(64 << 20))  # what a container has, if nobody asks for more
+    assert workers_with_room(32) == 4
+    monkeypatch.setattr(shutil, "disk_usage", usage(1 << 20))
+    assert workers_with_room(32) == 0
+
+    def missing(_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(shutil, "disk_usage", missing)
+    assert workers_with_room(32) > 1000
 
 
 def test_other_errors_of_the_device_are_bugs_that_keep_their_traceback():

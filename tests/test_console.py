@@ -195,5 +195,6 @@ def test_a_terminal_gets_one_line_of_progress_that_renews_itself(watch):
 
 
 def test_progress_is_rank_0s_alone(watch, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
     assert watch(4) == watch(4, terminal=True) == ""

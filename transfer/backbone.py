@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import functools
+import itertools
 import math
+import shutil
 import signal
 import sys
 import traceback
@@ -21,6 +23,8 @@ from transfer.device import Compute
 NORMALIZE = T.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])  # ImageNet's
 # On a CPU, of 4 to 32 views at a time, 8 pass fastest (measured, one thread): more than that outgrow its caches.
 PASS_BATCH = {"cpu": 8, "cuda": 256, "mps": 64}
+# Views that a worker hands over at a time where they travel as pixels, 5 MB: containers have 64 MB of shared memory.
+PART_VIEWS, VIEW_BYTES = 32, 224 * 224 * 3
 # A forked worker starts at once; a spawned one imports torch first, but is safe everywhere.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 # Row numbers, values (n, ...) or (n, per_image, ...), and the reasons by row of what can't be read.
@@ -115,16 +119,40 @@ def embed_in_order(
 
     Raises as `embed_batches` does.
     """
-    done, workers = 0, min(compute.workers, math.ceil(len(rows) / batch_size))
+    part = batch_size if compute.device.type == "cpu" else min(batch_size, max(1, PART_VIEWS // per_image))
+    done, workers = 0, min(compute.workers, math.ceil(len(rows) / part))
+    if compute.device.type != "cpu":
+        workers = min(workers, workers_with_room(part * per_image))
 
-    def batches() -> Iterator[Sequence[int]]:
-        return (rows[start : start + batch_size] for start in range(done, len(rows), batch_size))
+    def parts() -> Iterator[Sequence[int]]:
+        for start in range(done, len(rows), batch_size):
+            end = min(start + batch_size, len(rows))
+            yield from (rows[first : min(first + part, end)] for first in range(start, end, part))
 
-    for batch in embed_batches(
-        module, dataset, batches, compute=replace(compute, workers=workers), per_image=per_image
-    ):
+    how = {"compute": replace(compute, workers=workers), "per_image": per_image, "parts": math.ceil(batch_size / part)}
+    for batch in embed_batches(module, dataset, parts, **how):
         yield batch
         done += len(batch[0]) + len(batch[2])
+
+
+def workers_with_room(views: int) -> int:
+    """How many workers have room in shared memory for what they hand over: each two such parts, and one in use."""
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:  # not Linux: it is main memory
+        return sys.maxsize
+    return free // (3 * views * VIEW_BYTES)
+
+
+def joined(embedded: Iterator[Embedded], parts: int, device: torch.device) -> Iterator[Embedded]:
+    """So many parts of views as one batch, on the device; of what travels as features each part is one."""
+    while some := list(itertools.islice(embedded, parts)):
+        if parts == 1:
+            yield some[0]
+            continue
+        views = [values.to(device, non_blocking=device.type == "cuda") for rows, values, _ in some if rows]
+        reasons = {row: reason for *_, bad in some for row, reason in bad.items()}
+        yield [row for rows, *_ in some for row in rows], torch.cat(views) if views else torch.empty(0), reasons
 
 
 def embed_batches(
@@ -134,14 +162,15 @@ def embed_batches(
     *,
     compute: Compute,
     per_image: int = 1,
+    parts: int = 1,
 ) -> Iterator[Embedded]:
     """`embed_in_order`, of batches that need not be known beforehand: what `batches` gives when it is first called,
     and where workers died, when it is called again for those without an answer. It may give an empty one.
 
     On a CPU the worker that decodes an image also runs the module on it, single-threaded: no core waits for
-    another, and features travel instead of pixels. For other devices workers decode and pixels travel.
-    Where workers die, the rest is done without. Raises UserError (status 1) where the device's memory is too
-    small for an eighth of a batch.
+    another, and features travel instead of pixels. For other devices workers decode and pixels travel, and so many
+    parts of what they hand over are one batch. Where workers die, half of them go on. Raises UserError (status 1)
+    where the device's memory is too small for an eighth of a batch.
     """
     embed_views = functools.partial(embed, module, compute=compute)
     here = None if compute.device.type == "cpu" else in_smaller_parts(embed_views)
@@ -160,17 +189,18 @@ def embed_batches(
         try:
             embedded = iter(loader)
             notice_deaths_while_waiting()
-            for indices, values, bad in embedded:
+            for indices, values, bad in joined(embedded, parts, compute.device):
                 values = here(values) if here and indices else values
                 yield indices, values.unflatten(0, (-1, per_image)) if per_image > 1 and indices else values, bad
             whole = True
         except (RuntimeError, OSError, EOFError) as error:  # the last two where it dies as its results are fetched
             if not workers or isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
-            warn("a worker died: out of memory, or /dev/shm is too small (docker run --shm-size=1g); going on without")
+            workers //= 2
+            rest = f"with {workers}" if workers else "without"
+            warn(f"a worker died: out of memory, or /dev/shm is too small (docker run --shm-size=1g); going on {rest}")
             traceback.clear_frames(error.__traceback__)
             del embedded  # ends the other workers now, not with the next garbage
-            workers = 0
 
 
 def each_image(batches: Iterable[Embedded]) -> Iterator[tuple[int, Tensor | str]]:

@@ -18,12 +18,10 @@ if __name__ == "__main__":
     interrupts.guard_imports()  # before torch's, which takes seconds
 
 import argparse
-import csv
+import copy
 import functools
-import io
 import itertools
 import math
-import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -35,26 +33,35 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Dataset
 from torchvision import transforms as T
 from torchvision.models import resnet18
+from torchvision.transforms.functional import hflip
 
 from transfer import finetune
 from transfer.backbone import backbone_of, inference_copy
-from transfer.checkpoint import find_weights, load_checkpoint, replaced_by, save_checkpoint
-from transfer.console import Help, UserError, fraction, one_line_errors, positive, shown, warn, whole
-from transfer.device import Compute, pick_device, pick_precision
-from transfer.distributed import cores_of_rank, join_ranks, my_rank
+from transfer.calibration import calibrate, logits_of
+from transfer.checkpoint import about_run, keep_epoch, load_state, replaced_by
+from transfer.console import Help, UserError, fraction, one_line_errors, paste, positive, shown, warn, whole
+from transfer.device import Compute, pick_compute
+from transfer.distributed import from_rank_0, join_ranks, my_rank
 from transfer.features import Features, extract_features, warn_of_overlap
-from transfer.files import check_outputs, keep_previous, outputs_of, prepare_output, previous_of, save_atomically
+from transfer.files import prepare_output, previous_of
+from transfer.folds import choose_plan, replay_logits, split_validation
+from transfer.history import History
 from transfer.images import ImageError, read_image
-from transfer.lists import ImageList, class_names, read_lists, split_validation
+from transfer.lists import ImageList, class_names, read_lists
+from transfer.weights import find_weights
 
-# Views. The evaluation view is the only one in evaluation and prediction, and view 0 in training.
+FINETUNE_FROM = 5  # epochs of the head: a later one knows its images by heart, and the stages learn less from it
+
+# Views, by number: 0 is the evaluation view, the only one in evaluation and prediction; 1 is its mirror image; from 2
+# on they are random.
 
 EVALUATION_VIEW = T.Resize((224, 224))
 RESIZE_TRAINING = T.Resize((300, 300))
-TRAINING_VIEW = T.Compose(  # of an image through RESIZE_TRAINING, which all training views share
+TRAINING_VIEW = T.Compose(  # of an image through RESIZE_TRAINING, which all random views share
     [
         T.RandomRotation(45),
         T.CenterCrop(224),
@@ -66,20 +73,34 @@ TRAINING_VIEW = T.Compose(  # of an image through RESIZE_TRAINING, which all tra
 
 
 def draw_views(image: Image.Image, views: Sequence[int], seed: int, index: int) -> Tensor:
-    """The views of one image, uint8 (V, 224, 224, 3). View 0 is the evaluation view, others are random.
+    """The views of one image, by number: uint8 (V, 224, 224, 3).
 
     A random view depends on (seed, index, view) alone: not on workers, batches or order.
     """
     drawn, resized = [], None
     for view in views:
-        if view == 0:
-            drawn.append(EVALUATION_VIEW(image))
+        if view < 2:
+            evaluation = EVALUATION_VIEW(image)
+            drawn.append(hflip(evaluation) if view else evaluation)
             continue
         resized = resized or RESIZE_TRAINING(image)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(np.random.SeedSequence((seed, index, view)).generate_state(1)[0]))
             drawn.append(TRAINING_VIEW(resized))
     return torch.from_numpy(np.stack([np.asarray(view) for view in drawn]))
+
+
+def mirror_plan(epoch: int, kept: int) -> list[int]:
+    """Of the kept views those that an epoch, from 1, trains on: evaluation view and mirror image."""
+    return list(range(min(2, kept)))
+
+
+def recipe_plan(epoch: int, kept: int) -> list[int]:
+    """The same, and one of the random views by turns."""
+    return mirror_plan(epoch, kept) + ([2 + (epoch - 1) % (kept - 2)] if kept > 2 else [])
+
+
+PLANS = {"mirror": mirror_plan, "recipe": recipe_plan}
 
 
 class Views(Dataset):
@@ -107,7 +128,7 @@ class Views(Dataset):
 
     def recipe(self) -> list[str]:
         """What the views depend on, in words: part of the name under which their features are kept."""
-        return [str(EVALUATION_VIEW), str(RESIZE_TRAINING), str(TRAINING_VIEW)]
+        return [str(EVALUATION_VIEW), hflip.__name__, str(RESIZE_TRAINING), str(TRAINING_VIEW)]
 
 
 # Model
@@ -133,10 +154,16 @@ def build_model(classes: int, state: dict[str, Tensor] | None, seed: int) -> nn.
 # Training
 
 
-def batches_of(features: Features, order: Tensor, view: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(features, labels) of one view, batch by batch, in the given order of rows."""
-    for rows in order.split(batch_size):
-        yield features.take(rows, view), features.labels[rows]
+def batches_of(
+    features: Features, rows: Tensor, views: int | Tensor, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(features, labels), batch by batch, of rows in their order: of each the same view, or its own of (len(rows),)."""
+    for start in range(0, len(rows), batch_size):
+        batch = slice(start, start + batch_size)
+        yield (
+            features.take(rows[batch], views[batch] if torch.is_tensor(views) else views),
+            features.labels[rows[batch]],
+        )
 
 
 def mean_over(model: nn.Module, total_loss: float, right: int, count: int) -> tuple[float, float]:
@@ -187,88 +214,80 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
 def train_epochs(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    plateau: ReduceLROnPlateau | None,
     epochs: range,
     train_batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
     val_batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
-    history: "History",
+    history: History,
+    save: Callable[[int, float], None],
 ) -> None:
-    """Train, evaluate, lower the rate where the accuracy has stalled, keep the best: the recipe's loop."""
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=3, factor=0.5)
+    """Train, evaluate, lower the rate where the accuracy has stalled, save the best: the recipe's loop.
+
+    plateau: None where the batches bring a schedule of their own.
+    """
     for epoch in epochs:
         lr = optimizer.param_groups[0]["lr"]
         trained = train_one_epoch(model, train_batches(epoch), optimizer, epoch)
         val_loss, val_accuracy = evaluate(model, val_batches())
         if not math.isfinite(val_loss):
             raise UserError(f"the evaluation loss is {val_loss} in epoch {epoch}; try a smaller --lr", status=1)
-        plateau.step(val_accuracy)
+        if plateau:
+            plateau.step(val_accuracy)
+        if val_accuracy > history.best_accuracy and my_rank() == 0:
+            save(epoch, val_accuracy)
         history.add(epoch, trained, (val_loss, val_accuracy), lr)
 
 
 def train_head(
     head: nn.Linear,
     train: Features,
-    val: Features,
+    plan: Callable[[int, int], Sequence[int]],
+    val_batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
     *,
     epochs: int,
     lr: float,
     batch_size: int,
     seed: int,
-    history: "History",
-) -> None:
-    """Train the head on kept features: epoch t on view t mod V of every image, t from 0."""
+    history: History,
+    save: Callable[[int, float], None],
+) -> dict[str, Tensor]:
+    """Train the head on kept features, in each epoch on the plan's views of every image.
+
+    Returns the state that fine-tuning starts from, that of an early epoch.
+    """
     optimizer = torch.optim.Adam(head.parameters(), lr=lr)
+    plateau = ReduceLROnPlateau(optimizer, mode="max", patience=3, factor=0.5)
     shuffle = torch.Generator().manual_seed(seed)
-    views = train.chunks[0].shape[1]
 
     def train_batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = train.rows[torch.randperm(len(train.rows), generator=shuffle)]
-        return batches_of(train, order, (epoch - 1) % views, batch_size)
+        rows, views = torch.cartesian_prod(train.rows, torch.tensor(plan(epoch, train.views))).T
+        order = torch.randperm(len(rows), generator=shuffle)
+        return batches_of(train, rows[order], views[order], batch_size)
 
-    val_batches = functools.partial(batches_of, val, val.rows, 0, batch_size)
-    train_epochs(head, optimizer, range(1, epochs + 1), train_batches, val_batches, history)
-
-
-class History:
-    """The epochs' figures: a line each on stdout, a row each in the CSV file; the best one is saved. Rank 0 alone
-    prints and writes.
-
-    chooser: test or val, after the list that chooses the epoch.
-    """
-
-    def __init__(self, out: Path, save: Callable[[dict], None], about: dict, chooser: str, began: float):
-        self.out, self.path, self.save, self.about, self.began = out, out.with_suffix(".csv"), save, about, began
-        columns = ("epoch", "train_loss", "train_accuracy", f"{chooser}_loss", f"{chooser}_accuracy", "lr", "best")
-        self.rows, self.chooser = [columns], chooser
-        self.best_epoch, self.best_accuracy = 0, -math.inf
-        print(f"epoch  train loss  train acc  {chooser + ' loss':>9}  {chooser + ' acc':>8}        lr")
-
-    def add(self, epoch: int, trained: tuple[float, float], val: tuple[float, float], lr: float) -> None:
-        best = val[1] > self.best_accuracy
-        if best:
-            self.best_epoch, self.best_accuracy = epoch, val[1]
-        if my_rank():
-            return
-        if len(self.rows) == 1:  # the first epoch, which is the best so far
-            keep_previous(self.out)
-            keep_previous(self.path)
-        if best:
-            seconds = round(time.perf_counter() - self.began, 3)
-            self.save({**self.about, "epoch": epoch, "accuracy": val[1], "seconds": seconds})
-        self.rows.append((epoch, *trained, *val, lr, int(best)))
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(self.rows)
-        save_atomically(self.path, text.getvalue().encode())
-        figures = f"{epoch:5d}  {trained[0]:10.4f}  {trained[1]:9.2%}  {val[0]:9.4f}  {val[1]:8.2%}  {lr:.6f}"
-        print(f"{figures}{'  best' if best else ''}", flush=True)
+    early = min(epochs, FINETUNE_FROM)
+    train_epochs(head, optimizer, plateau, range(1, early + 1), train_batches, val_batches, history, save)
+    start = copy.deepcopy(head.state_dict())
+    train_epochs(head, optimizer, plateau, range(early + 1, epochs + 1), train_batches, val_batches, history, save)
+    return start
 
 
-def score_test(out: Path, test: ImageList, features: Features | None, compute: Compute) -> float:
-    """The saved model's accuracy on the test list, from features where its backbone is still the frozen one."""
-    model, _ = load_checkpoint(out)
+def score_test(model: nn.Module, test: ImageList, features: Features | None, compute: Compute) -> float:
+    """The model's accuracy on the test list, from features where its backbone is still the frozen one."""
     if features is None:
         backbone = inference_copy(backbone_of(model), compute)
         features = extract_features(backbone, Views(test, [0], seed=0), compute=compute, alone=True)
-    return evaluate(model.fc, batches_of(features, features.rows, 0, 1024))[1]
+    return evaluate(model.fc.cpu(), batches_of(features, features.rows, 0, 1024))[1]
+
+
+def print_header(
+    compute: Compute, origin: str, train: ImageList, test: ImageList, classes: int, chosen_on: str, out: Path
+) -> None:
+    print(f"device    {compute.device}, {compute.precision}")
+    print(f"backbone  ResNet-18, {origin}")
+    print(f"data      {len(train):,} training and {len(test):,} test images of {classes} classes")
+    print(f"best      epoch chosen on {chosen_on}", flush=True)
+    if old := replaced_by(out):
+        print(f"replaces  {old}; kept as {shown(previous_of(out))}", flush=True)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -296,36 +315,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--finetune-epochs", type=whole(0), default=0, metavar="N", help="then epochs of the last stages and head")
     add("--batch-size", type=whole(1), default=64, metavar="N", help="images a training step")
     add("--lr", type=positive, default=0.005, metavar="RATE", help="Adam's learning rate for the head")
-    add("--finetune-lr", type=positive, default=1e-4, metavar="RATE", help="Adam's learning rate for the stages")
-    add("--views", type=whole(1), default=4, metavar="V", help="kept of each training image, all but one random")
+    add("--finetune-lr", type=positive, default=2e-4, metavar="RATE", help="its peak for the stages")
+    add("--augment", choices=("auto", *PLANS), default="auto", help="mirror images, or the recipe's random views too")
+    add("--views", type=whole(1), default=4, metavar="V", help="kept of each training image, all but two random")
     add("--seed", type=whole(0), default=0, metavar="N", help="of views, head and shuffling")
     add("--view-seed", type=whole(0), metavar="N", help="of views and split alone (default: --seed)")
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, default="best.pth", metavar="FILE", help="checkpoint; a .csv is put beside it")
     return parser.parse_args(argv)
-
-
-def report_command(test: Path, model: Path, root: Path) -> str:
-    """What to paste into a shell in this folder to see what the model gets wrong."""
-    script = Path(__file__).with_name("predict.py")
-    command = ["python", str(script.relative_to(Path.cwd())) if script.is_relative_to(Path.cwd()) else str(script)]
-    command += [str(test), "--report", "report.html"]
-    command += ["--model", str(model)] if model != Path("best.pth") else []
-    command += ["--root", str(root)] if root != Path() else []
-    return shlex.join(command)
-
-
-def describe(args: argparse.Namespace, compute: Compute, origin: str, names: list[str], chosen_on: str) -> dict:
-    """What a checkpoint says of the run that made it."""
-    return {
-        "classes": names,
-        "backbone": origin,
-        "chosen_on": chosen_on,
-        "recipe": {key: value for key, value in vars(args).items() if isinstance(value, int | float | str)},
-        "device": compute.device.type,
-        "precision": str(compute.dtype).removeprefix("torch."),
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-    }
 
 
 @one_line_errors()
@@ -334,66 +331,67 @@ def main(argv: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
 
     # Everything that can be checked is, before the first expensive step.
-    device = pick_device(args.device)
-    workers = cores_of_rank() if args.workers is None else args.workers
-    compute = Compute(device, pick_precision(args.precision, device, training=args.finetune_epochs > 0), workers)
+    compute = pick_compute(args.device, args.precision, args.workers, training=args.finetune_epochs > 0)
     train, test = read_lists(args.train, args.test, args.root)
-    classes = int(train.labels.max()) + 1
-    names = class_names(train, args.classes, classes)
-    view_seed = args.seed if args.view_seed is None else args.view_seed
-    train, val = split_validation(train, args.val_split, view_seed) if args.val_split else (train, test)
-    chosen_on = f"{args.val_split:.0%} of {train.name}" if args.val_split else test.name
-    prepare_output(args.out, args.cache)
-    read = [path for path in (args.train, args.test, args.classes, args.weights) if path]
-    check_outputs("--out", outputs_of(args.out), itertools.chain(read, train.each_path(), test.each_path()))
+    names = class_names(train, args.classes)
+    if args.val_split and train.labels.bincount().max() == 1:
+        raise UserError(f"--val-split: {train.name} has one image of each class, none to spare; leave it out")
+    inputs = [path for path in (args.train, args.test, args.classes, args.weights) if path]
+    prepare_output(args.out, args.cache, itertools.chain(inputs, train.each_path(), test.each_path()))
     join_ranks()
     weights, origin, caveats = find_weights(args.weights)  # one rank a machine downloads them
-    for caveat in caveats:
-        warn(caveat)
-    print(f"device    {device}, {str(compute.dtype).removeprefix('torch.')}")
-    print(f"backbone  ResNet-18, {origin}")
-    print(f"data      {len(train):,} training and {len(test):,} test images of {classes} classes")
-    print(f"best      epoch chosen on {chosen_on}", flush=True)
-    if old := replaced_by(args.out):
-        print(f"replaces  {old}; kept as {shown(previous_of(args.out))}", flush=True)
+    warn(*caveats)
+    chosen_on = f"{args.val_split:.0%} of {train.name}" if args.val_split else test.name
+    print_header(compute, origin, train, test, len(names), chosen_on, args.out)
 
-    # One pass: the features of every view. A cache keeps all views, whatever the epochs of this run.
-    model = build_model(classes, weights, args.seed)
+    # One pass. The list in which no image may be unreadable comes first, so that one does not end the run after the
+    # longest.
+    model = build_model(len(names), weights, args.seed)
     backbone = inference_copy(backbone_of(model), compute)
     extract = functools.partial(extract_features, backbone, compute=compute, cache=args.cache)
-    views = range(args.views if args.cache else min(args.views, args.epochs))
-    # The lists in which no image may be unreadable come first, so that one does not end the run after the longest.
-    test_features = extract(Views(test, [0], view_seed))
-    val_features = extract(Views(val, [0], view_seed)) if args.val_split else test_features
+    view_seed = args.seed if args.view_seed is None else args.view_seed
+    views = range(min(args.views, 2) if args.augment == "mirror" else args.views)
+    test_features = val = extract(Views(test, [0], view_seed))
     features = extract(Views(train, views, view_seed), tolerated=max(1, len(train) // 100))
-
-    about = describe(args, compute, origin, names, chosen_on)
-    about |= {"train_images": len(features.rows), "test_images": len(test)}
-    save = functools.partial(save_checkpoint, args.out, model)
-    history = History(args.out, save, about, chooser="val" if args.val_split else "test", began=began)
-    common = {"batch_size": args.batch_size, "seed": args.seed}
     if my_rank() == 0:
         warn_of_overlap(train, test, features, test_features)
-        # On the CPU: the head is so small that a device's launch times would cost more.
-        train_head(model.fc, features, val_features, epochs=args.epochs, lr=args.lr, history=history, **common)
+    if args.val_split:
+        features, val = split_validation(features, args.val_split, view_seed)
+    common = {"batch_size": args.batch_size, "seed": args.seed}
+    about = about_run(vars(args), names, origin, chosen_on, compute, len(features.rows), len(test))
+    save = functools.partial(keep_epoch, args.out, model, about, began)
+    history, early, network = History(args.out, "val" if args.val_split else "test"), None, None
+    val_batches = functools.partial(batches_of, val, val.rows, 0, args.batch_size)
+    if my_rank() == 0:  # on the CPU: the head is so small that a device's launch times would cost more
+        plan, why = choose_plan(features, PLANS, args.augment, epochs=args.epochs, lr=args.lr, **common)
+        print(f"views     {why}", flush=True)
+        head = {"epochs": args.epochs, "lr": args.lr, "history": history, "save": save, **common}
+        early = train_head(model.fc, features, plan, val_batches, **head)
     if args.finetune_epochs:
+        sides, once = Views(train, [0, 1], view_seed), Views(train if args.val_split else test, [0], view_seed)
+        how = {"stage": args.unfreeze, "epochs": args.finetune_epochs, "rates": (args.finetune_lr, args.lr / 5)}
+        lists = (sides, features.rows), (once, val.rows)
+        stages, *rest = finetune.prepare(model, from_rank_0(early), *lists, compute=compute, **how, **common)
         epochs = range(args.epochs + 1, args.epochs + args.finetune_epochs + 1)
-        fresh, whole_val = Views(train, range(args.views), view_seed), Views(val, [0], view_seed)
-        how = {"stage": args.unfreeze, "epochs": epochs, "rates": (args.finetune_lr, args.lr / 10), "compute": compute}
-        network, optimizer, *batches = finetune.prepare(
-            model, args.out, fresh, features.rows, whole_val, **how, **common
-        )
-        train_epochs(network, optimizer, epochs, *batches, history)
+        train_epochs(stages, rest[0], None, epochs, *rest[1:], history, save)
+        if history.best_epoch > args.epochs:
+            network, val_batches = finetune.inner(stages), rest[-1]
+
     if my_rank() == 0:
-        for caveat in caveats:
-            warn(caveat)
+        model.load_state_dict(load_state(args.out)[0])
+        told = [logits_of(network or model.fc.cpu(), val_batches())]
+        if args.val_split and network is None:  # its images are few to fit a number on, and training has more
+            told += replay_logits(features, plan, history.rates(), **common)
+        temperature = calibrate(model.fc, told)
+        save(history.best_epoch, history.best_accuracy, temperature=temperature)
+        warn(*caveats)
         print(f"saved     {shown(args.out)} and {shown(history.path)} in {time.perf_counter() - began:.1f} s")
         best = f"{history.best_accuracy:.2%}, epoch {history.best_epoch}"
         print(f"best      {history.chooser} accuracy {best} ({chosen_on})")
         if args.val_split:
-            known = test_features if history.best_epoch <= args.epochs else None
-            print(f"test      accuracy {score_test(args.out, test, known, compute):.2%}, scored once")
-        print(f"next      {report_command(args.test, args.out, args.root)}")
+            accuracy = score_test(model, test, None if network else test_features, compute)
+            print(f"test      accuracy {accuracy:.2%}, scored once")
+        print(f"next      {paste('predict.py', args.test, args.out, args.root)}")
     if dist.is_initialized():
         dist.destroy_process_group()  # left to the interpreter's end, its threads may abort the process
 

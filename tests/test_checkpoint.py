@@ -1,19 +1,12 @@
 """Weights: found or downloaded, untrusted, loaded in every usual form."""
 
 import errno
-import hashlib
-import http.server
 import io
 import os
 import pickle
 import re
-import socket
 import struct
-import subprocess
-import sys
-import threading
 import time
-import urllib.request
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -21,7 +14,7 @@ from pathlib import Path
 import fuzz
 import pytest
 import torch
-from conftest import BUNDLED, ROOT, SmallNetwork, growth, patched, put, run_main, try_seeds
+from conftest import BUNDLED, SmallNetwork, growth, patched, put, run_main, try_seeds
 from PIL import Image
 from torch import nn
 from torchvision import transforms as T
@@ -29,8 +22,7 @@ from torchvision.models import resnet18, resnet34
 
 import predict
 import train
-from transfer import checkpoint
-from transfer.checkpoint import ABOUT, DOWNLOAD_TIMEOUT, IMAGENET_URL, find_weights, load_backbone, load_checkpoint
+from transfer.checkpoint import ABOUT, load_backbone, load_checkpoint
 from transfer.console import UserError, shown
 
 
@@ -42,23 +34,6 @@ def plain_probabilities(path, image):
     view = T.Compose([T.Resize((224, 224)), T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
     with torch.inference_mode():
         return model.eval()(view(Image.open(image).convert("RGB"))[None]).softmax(1)[0]
-
-
-def test_offline_the_bundled_backbone_stands_in_and_the_run_says_so_twice(sample_run):
-    warnings = [line for line in sample_run[0].stderr.splitlines() if line.startswith("warning:")]
-    assert len(warnings) == 4 and warnings[:2] == warnings[2:]
-    assert "no ImageNet weights" in warnings[0] and "refused" in warnings[0] and "resnet18-grocery.pth" in warnings[0]
-    assert IMAGENET_URL in warnings[1] and "--weights FILE" in warnings[1]
-    assert "resnet18-grocery.pth (bundled)" in sample_run[0].stdout
-
-
-def test_an_explicit_wish_for_imagenet_is_never_replaced(colours):
-    status, out, err = run_main(train.main, "--weights", "imagenet")
-    assert (status, out) == (2, "")
-    waiting, line = err.splitlines()
-    assert waiting == "downloading ImageNet weights (45 MB) from download.pytorch.org ..."
-    assert line.startswith("error: ImageNet weights can't be downloaded") and "--weights FILE" in line
-    assert not (colours / "best.pth").exists()
 
 
 @pytest.mark.parametrize(
@@ -98,208 +73,6 @@ def test_best_pth_loads_strictly_into_plain_torchvision_and_predicts_the_same(sm
     ((name, probability), *rest) = predict.predict(predict.load(small_run / "best.pth", "cpu"), [image])[0]
     assert len(rest) == 2 and name == ["red", "green", "blue"][plain.argmax()]
     assert probability == pytest.approx(plain.max().item(), abs=1e-4)
-
-
-@pytest.fixture
-def served(tmp_path, monkeypatch):
-    """A function that serves ImageNet's weights so: from then on a download meets that answer. And the cache folder."""
-    servers, over = [], threading.Event()
-
-    def serve(answer, name="resnet18-0123abcd.pth"):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                answer(self, over)
-
-            def log_message(self, *_):
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        servers.append(server)
-        monkeypatch.setattr("transfer.checkpoint.IMAGENET_URL", f"http://127.0.0.1:{server.server_port}/{name}")
-
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(urllib.request, "_opener", None)
-    yield serve
-    over.set()
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def answer_with(body, length=None, status=200, then=None):
-    def answer(handler, over):
-        handler.send_response(status)
-        handler.send_header("Content-Length", str(length or len(body)))
-        handler.end_headers()
-        handler.wfile.write(body)
-        handler.wfile.flush()
-        if then:
-            then(handler, over)
-
-    return answer
-
-
-def stall(_, over):
-    over.wait(30)
-
-
-ANSWERS = {
-    "silent": stall,
-    "stalled": answer_with(b"x" * 1000, 10**7, then=stall),
-    "cut": answer_with(b"x" * 1000, 10**7),
-    "wrong bytes": answer_with(b"x" * 1000),
-    "a login page": answer_with(b"<html>Please log in</html>"),
-    "not there": answer_with(b"", status=404),
-    "not HTTP": lambda handler, _: handler.wfile.write(b"SSH-2.0-server\r\n"),
-}
-REASONS = {"silent": "timed out", "stalled": "timed out", "not there": "Not Found|404", "not HTTP": "SSH-2.0"}
-
-
-@pytest.mark.parametrize("kind", ["refused", "cache is a file", *ANSWERS])
-def test_a_download_that_fails_falls_back_or_ends_and_leaves_no_file(served, job, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("transfer.checkpoint.resnet18", resnet18)
-    monkeypatch.setattr("transfer.checkpoint.DOWNLOAD_TIMEOUT", 0.3)
-    served(ANSWERS.get(kind, stall))
-    if kind == "refused":
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))
-            address = f"http://127.0.0.1:{unused.getsockname()[1]}/resnet18-01234567.pth"
-            monkeypatch.setattr("transfer.checkpoint.IMAGENET_URL", address)
-    if kind == "cache is a file":
-        (tmp_path / "torch").write_bytes(b"")
-    reason = {"refused": "refused", "cache is a file": "[Nn]ot a directory|[Ff]ile exists"} | REASONS
-    began = time.perf_counter()
-    _, origin, (caveat, fix) = find_weights(None)
-    assert "resnet18-grocery.pth (bundled)" in origin
-    words = reason.get(kind, "invalid hash value")
-    assert re.fullmatch(rf"no ImageNet weights \(.*({words}).*\): using the bundled .*, which is far weaker", caveat)
-    where = f"fetch {checkpoint.IMAGENET_URL} elsewhere and put it at {tmp_path / 'torch'}"
-    assert fix.startswith(f"for the real ones, {where}")
-    status, out, err = job("--weights", "imagenet")
-    assert (status, out) == (2, "")
-    waiting = "" if kind == "cache is a file" else r"downloading ImageNet weights \(45 MB\) from 127.0.0.1:\d+ ...\n"
-    assert re.fullmatch(
-        waiting + r"error: ImageNet weights can't be downloaded \(.*\); fetch .*, or give it as --weights FILE\n", err
-    )
-    assert time.perf_counter() - began < 10
-    assert not [path for path in (tmp_path / "torch").rglob("*") if path.is_file()]
-    assert not Path("best.pth").exists()
-
-
-def test_a_stalled_download_ends_within_a_minute():
-    assert DOWNLOAD_TIMEOUT * 2 <= 60
-
-
-def test_one_limit_holds_for_all_addresses_of_a_host_together(served, monkeypatch):
-    with socket.socket() as full:  # it never accepts, and once its queue is full it never answers
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        queued = [socket.socket() for _ in range(4)]
-        for each in queued:
-            each.setblocking(False)
-            each.connect_ex(full.getsockname())
-        addresses = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", full.getsockname())] * 6
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses)
-        monkeypatch.setattr("transfer.checkpoint.IMAGENET_URL", "http://127.0.0.1/resnet18-01234567.pth")
-        monkeypatch.setattr("transfer.checkpoint.DOWNLOAD_TIMEOUT", 1)
-        began = time.perf_counter()
-        assert "timed out" in find_weights(None)[2][0]
-        assert time.perf_counter() - began < 2.5  # each alone would take a second
-        for each in queued:
-            each.close()
-
-
-def test_looking_up_the_host_is_part_of_the_limit(served, monkeypatch):
-    over = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(20) and [])
-    monkeypatch.setattr("transfer.checkpoint.IMAGENET_URL", "http://127.0.0.1/resnet18-01234567.pth")
-    monkeypatch.setattr("transfer.checkpoint.DOWNLOAD_TIMEOUT", 0.5)
-    began = time.perf_counter()
-    assert "timed out" in find_weights(None)[2][0]
-    assert time.perf_counter() - began < 2
-    over.set()
-
-
-def test_a_slow_download_that_goes_on_is_waited_for(served, monkeypatch):
-    content = BUNDLED.read_bytes()
-
-    def drip(handler, over):
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(content)))
-        handler.end_headers()
-        for part in range(8):
-            handler.wfile.write(content[part * len(content) // 8 : (part + 1) * len(content) // 8])
-            over.wait(0.25)
-
-    monkeypatch.setattr("transfer.checkpoint.DOWNLOAD_TIMEOUT", 1)  # of two seconds in all
-    served(drip, f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth")
-    assert find_weights(None)[1].startswith("ImageNet")
-
-
-def test_where_the_bundled_weights_lie_on_another_drive_their_whole_path_is_shown(monkeypatch):
-    def relpath(path, start=os.curdir):
-        raise ValueError("path is on mount 'D:', start on mount 'C:'")
-
-    monkeypatch.setattr(os.path, "relpath", relpath)
-    _, origin, (caveat, _) = find_weights(None)
-    assert origin == f"{BUNDLED} (bundled)" and f"using the bundled {BUNDLED}, which" in caveat
-
-
-FIND = """
-import sys
-from transfer import checkpoint
-from transfer.distributed import join_ranks
-join_ranks()
-for url in sys.argv[1:]:
-    checkpoint.IMAGENET_URL = url
-    print(checkpoint.find_weights(None)[1:], flush=True, file=sys.stderr)
-"""
-
-
-def test_under_torchrun_one_rank_a_machine_downloads_and_all_find_the_same(served, tmp_path):
-    content, asked = BUNDLED.read_bytes(), []
-
-    def answer(handler, over):
-        asked.append(handler.path)
-        over.wait(0.5)  # so that whoever does not wait is not served from the cache
-        answer_with(content)(handler, over)
-
-    name = f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
-    served(answer, name)
-    urls = [checkpoint.IMAGENET_URL, checkpoint.IMAGENET_URL.replace(name, "resnet18-01234567.pth")]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in "01":
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        environment = os.environ | world | {"MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", FIND, *urls]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
-    said = [rank.communicate(timeout=60)[1].splitlines() for rank in ranks]
-    found = [[line for line in lines if line.startswith("(")] for lines in said]
-    assert found[0] == found[1] and len(found[0]) == 2
-    assert "ImageNet" in found[0][0] and "(bundled)" in found[0][1] and "invalid hash" in found[0][1]
-    assert asked == [f"/{url.rpartition('/')[2]}" for url in urls]
-    assert [sum(line.startswith("downloading") for line in lines) for lines in said] == [2, 0]
-
-
-def test_a_download_that_arrives_is_used_and_kept(served, tmp_path, monkeypatch, capsys):
-    content = BUNDLED.read_bytes()
-    name = f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
-    served(answer_with(content), name)
-    state, origin, caveats = find_weights(None)
-    assert origin.startswith("ImageNet") and not caveats
-    expected = load_backbone(BUNDLED)
-    assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
-    assert [path.name for path in (tmp_path / "torch/hub/checkpoints").iterdir()] == [name]
-    assert capsys.readouterr().err.startswith("downloading ImageNet weights (45 MB) from 127.0.0.1:")
-    served(answer_with(b"", status=404), name)
-    assert find_weights("imagenet")[0].keys() == state.keys()  # from the cache
-    assert capsys.readouterr().err == ""
 
 
 def tiny_resnet18(classes=3, **changes):

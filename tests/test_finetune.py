@@ -1,17 +1,22 @@
 """Fine-tuning: what it changes, what it sees, when it is kept."""
 
+import math
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import BUNDLED, ROOT, go, rows_of, run_main, same, weights_of
+from PIL import Image
 from torch import nn
 
 import predict
 import train
 from transfer.backbone import embed_in_order
 from transfer.checkpoint import load_checkpoint
+from transfer.device import Compute
+from transfer.finetune import batches_by_turns, one_cycle
 from transfer.lists import read_list
 
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -48,10 +53,10 @@ def test_batch_norm_infers_and_only_the_tail_has_gradients_while_fine_tuning(few
     models, build = [], train.build_model
     monkeypatch.setattr(train, "build_model", lambda *args: models.append(build(*args)) or models[0])
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
-    go("--epochs", 1, "--finetune-epochs", 1, "--batch-size", 3)
+    go("--epochs", 1, "--finetune-epochs", 1, "--batch-size", 3, "--augment", "mirror")
     head = {"fc.weight", "fc.bias"}
     tail = {name for name, _ in models[0].named_parameters() if name.startswith("layer4.")}
-    assert seen == [head, head, head | tail, head | tail]
+    assert seen == [head] * 4 + [head | tail] * 2  # the head has each image in two views
 
 
 def test_fine_tuning_is_off_unless_asked_for(few, quick, monkeypatch):
@@ -62,22 +67,26 @@ def test_fine_tuning_is_off_unless_asked_for(few, quick, monkeypatch):
     assert same(plain, weights_of()) and rows == rows_of()
 
 
-def test_fine_tuning_starts_from_the_best_head_not_the_last(few, quick, monkeypatch):
+def test_fine_tuning_starts_from_an_early_head_and_best_pth_keeps_the_best(few, quick, monkeypatch):
     def train_one_epoch(model, batches, optimizer, epoch):
-        if epoch == 5:
-            heads.append((model.head.weight.clone(), weights_of()["fc.weight"]))
+        if epoch == 9:
+            start.append(model.head.weight.clone())
             return 1.0, 0.5
         return original(model, batches, optimizer, epoch)
 
-    heads, original = [], train.train_one_epoch
+    start, original = [], train.train_one_epoch
     monkeypatch.setattr("transfer.finetune.embed_in_order", cheap_trunk(embed_in_order))
+    monkeypatch.setattr("transfer.calibration.fit_temperature", lambda logits, labels: 1.0)
     monkeypatch.setattr(train, "train_one_epoch", train_one_epoch)
-    script_accuracies(monkeypatch, 0.2, 0.9, 0.2, 0.2, 0.2)
-    go("--epochs", 4, "--lr", 0.1, "--finetune-epochs", 1)
-    ((start, saved),) = heads
-    script_accuracies(monkeypatch, 0.2, 0.9)
-    go("--epochs", 2, "--lr", 0.1)
-    assert torch.equal(start, saved) and torch.equal(start, weights_of()["fc.weight"])
+    script_accuracies(monkeypatch, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.2)
+    go("--epochs", 8, "--lr", 0.1, "--finetune-epochs", 1)
+    best = weights_of()["fc.weight"]
+    script_accuracies(monkeypatch, 0.1, 0.2, 0.3, 0.4, 0.5)
+    go("--epochs", train.FINETUNE_FROM, "--lr", 0.1)
+    assert torch.equal(start[0], weights_of()["fc.weight"])
+    script_accuracies(monkeypatch, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    go("--epochs", 8, "--lr", 0.1)
+    assert torch.equal(best, weights_of()["fc.weight"])
 
 
 @pytest.mark.parametrize(("accuracy", "replaced"), [(0.5, False), (0.75, True)])
@@ -93,9 +102,11 @@ def test_best_pth_is_replaced_only_where_fine_tuning_beats_the_head(few, monkeyp
     assert f"accuracy {about['accuracy']:.2%}, epoch {about['epoch']} (" in out
 
 
-def test_epochs_count_on_and_each_part_has_its_own_rate_and_plateau(few, quick, monkeypatch):
+def test_epochs_count_on_and_each_part_has_its_own_rates(few, quick, monkeypatch):
     def train_one_epoch(model, batches, optimizer, epoch):
         rates.append([group["lr"] for group in optimizer.param_groups])
+        for _ in batches if epoch > 7 else ():
+            optimizer.step()  # which has nothing to do, and the schedule counts
         return 1.0, 0.5
 
     rates = []
@@ -104,46 +115,72 @@ def test_epochs_count_on_and_each_part_has_its_own_rate_and_plateau(few, quick, 
     script_accuracies(monkeypatch, 0.9, *[0.5] * 12)
     go("--epochs", 7, "--lr", 0.02, "--finetune-epochs", 6, "--finetune-lr", 0.003)
     assert [int(row["epoch"]) for row in rows_of()] == list(range(1, 14))
-    # The head's rate halves after its fifth epoch: the fourth without gain. Fine-tuning counts from its own first.
+    # The head's rate halves after its fifth epoch: the fourth without gain.
     assert rates[:7] == [[0.02]] * 5 + [[0.01]] * 2
-    assert rates[7:] == [[0.003, 0.002]] * 5 + [[0.0015, 0.001]]
+    # One step an epoch: a fifth of six is one, at the peak; then along a cosine, of which a sixth is left at the end.
+    shares = [1, *((1 + math.cos(math.pi * step / 6)) / 2 for step in range(1, 6))]
+    expected = [[0.003 * share, 0.004 * share] for share in shares]
+    assert all(found == pytest.approx(wanted) for found, wanted in zip(rates[7:], expected, strict=True))
     assert [float(row["lr"]) for row in rows_of()] == [each[0] for each in rates]
 
 
 def cheap_trunk(original):
-    """`embed_in_order` whose images reach fine-tuning as zeros."""
+    """`embed_in_order` whose images reach fine-tuning as zeros, of which layer4 makes nothing."""
 
     def embed_in_order(module, dataset, rows, **how):
-        if how.get("per_image") is None:
-            return iter([(list(rows), torch.zeros(len(rows), 1), {})])
-        return original(module, dataset, rows, **how)
+        return iter([(list(rows), torch.zeros(len(rows), how.get("per_image", 1), 256, 1, 1).squeeze(1), {})])
 
     return embed_in_order
 
 
-def test_an_epoch_of_fine_tuning_decodes_training_images_once_and_test_images_never_again(few, decoded):
-    go("--epochs", 1, "--finetune-epochs", 3)
-    assert decoded["train_0.png"] == decoded["train_1.png"] == 3 * (1 + 3)  # of three classes: the pass, each epoch
-    assert decoded["test_0.png"] == decoded["test_1.png"] == 3 * (1 + 1)  # the pass and the trunk's output, once
-
-
-@pytest.mark.parametrize("cache", [(), ("--cache", "kept")])
-def test_fine_tuning_sees_fresh_views_and_the_evaluation_view_by_turns_with_and_without_a_cache(
-    few, quick, monkeypatch, cache
+def test_fine_tuning_decodes_each_image_once_where_its_maps_fit_and_once_an_epoch_where_they_do_not(
+    few, decoded, monkeypatch
 ):
-    seen, original = [], train.Views
+    out = go("--epochs", 1, "--finetune-epochs", 3)
+    assert "finetune  layer4; maps of 0.0 GB in memory (" in out
+    # Of three classes: the pass and the maps, and of the first image of each list once more, to measure them.
+    assert decoded == {"train_0.png": 7, "train_1.png": 6, "test_0.png": 7, "test_1.png": 6}
+    kept, rows = weights_of(), rows_of()
+    decoded.clear()
+    monkeypatch.setattr("transfer.finetune.free_memory", lambda: 1000)
+    out = go("--epochs", 1, "--finetune-epochs", 3)
+    assert "finetune  layer4; maps of 0.0 GB not kept, but computed anew in each epoch (0.0 GB free)" in out
+    tuned = any(row["best"] == "1" for row in rows[1:])  # then the temperature asks once more
+    assert decoded["train_1.png"] == 3 * (1 + 3) and decoded["test_1.png"] == 3 * (1 + 3 + tuned)
+    assert same(kept, weights_of()) and rows == rows_of()
 
-    def spy(photos, views, seed, by_turns=False):
-        seen.append((photos.name, list(views), by_turns))
-        return original(photos, views, seed, by_turns)
 
-    monkeypatch.setattr(train, "Views", spy)
-    monkeypatch.setattr("transfer.finetune.embed_in_order", cheap_trunk(embed_in_order))
-    monkeypatch.setattr(train, "train_one_epoch", lambda *args: (1.0, 0.5))
-    script_accuracies(monkeypatch, *[0.5] * 5)
-    go("--epochs", 2, "--finetune-epochs", 3, "--views", 4, *cache)
-    mixed = [(views, by_turns) for name, views, by_turns in seen if name == "train.txt"][-3:]
-    assert mixed == [([0, 4], True), ([5, 0], True), ([0, 6], True)]
+@pytest.mark.parametrize("keep", [True, False])
+def test_evaluation_view_and_mirror_image_come_by_turns(few, keep):
+    listed, _ = read_list(Path("train.txt"), Path())
+    views, rows = train.Views(listed, [0, 1], 0), torch.tensor([4, 1, 2])
+    # A red corner, so that a mirror image shows.
+    for row in rows.tolist():
+        image = Image.new("RGB", (64, 64), (0, 0, 10 * row))
+        image.paste((255, 0, 0), (0, 0, 32, 64))
+        image.save(os.fsdecode(listed.path(row)))
+    how = {"compute": Compute(torch.device("cpu"), torch.float32), "batch_size": 2, "keep": keep}
+    batches = batches_by_turns(nn.Identity(), views, rows, **how)
+    for epoch in range(3):
+        maps, labels = zip(*batches(torch.tensor([2, 0, 1]), epoch), strict=True)
+        assert torch.cat(labels).tolist() == listed.labels[[2, 4, 1]].tolist()
+        turned = (torch.cat(maps)[:, 0, 32, 60] > 0).tolist()  # the red is on the right
+        assert turned == [(row + epoch) % 2 == 1 for row in (2, 4, 1)]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 80])
+def test_one_cycle_rises_for_a_fifth_falls_and_always_trains(steps):
+    weights = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weights], lr=2.0)
+    schedule, rates = one_cycle(optimizer, steps), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    peak = max(1, round(steps / 5)) - 1
+    assert rates[peak] == max(rates) == 2 and min(rates) > 0
+    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] < 0.01 or steps < 80
 
 
 def test_by_turns_each_image_comes_in_one_of_the_views(few):

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import fuzz
 import pytest
-import torch
 from conftest import PLAIN, add_line, make_unreadable, run_main, run_script
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import predict
 import train
 from transfer.console import UserError
-from transfer.lists import ImageList, class_names, read_list, split_validation
+from transfer.lists import ImageList, class_names, read_list
 
 
 def test_lists_are_read_as_documented(tmp_path, monkeypatch):
@@ -83,15 +82,16 @@ def test_root_is_what_paths_are_relative_to(colours, tmp_path_factory, monkeypat
 )
 def test_class_names_come_from_folders_where_they_tell_classes_apart(paths, names):
     photos = ImageList("list", [path.encode() for path in paths], [0, 0, 1], [1, 2, 3])
-    assert class_names(photos, None, 2) == names
+    assert class_names(photos, None) == names
 
 
 def test_a_classes_file_overrides_folder_names_and_must_fit(tmp_path):
     photos = ImageList("list", [b"a/1", b"b/2"], [0, 1], [1, 2])
     (tmp_path / "names").write_text("first\nsecond\n")
-    assert class_names(photos, tmp_path / "names", 2) == ["first", "second"]
+    assert class_names(photos, tmp_path / "names") == ["first", "second"]
+    photos = ImageList("list", [b"a/1", b"b/2"], [0, 2], [1, 2])
     with pytest.raises(UserError, match="2 names for 3 classes"):
-        class_names(photos, tmp_path / "names", 3)
+        class_names(photos, tmp_path / "names")
 
 
 @pytest.mark.parametrize(
@@ -271,41 +271,6 @@ def test_2000_mutated_lists_are_read_as_written_or_user_errors(lists, rng, extra
     content = fuzz.mutate(lines, rng, tokens)
     at = int(place * len(content))
     check(content[:at] + extra + content[at:])
-
-
-def made_up_photos(labels):
-    return ImageList("list", [b"%d.png" % n for n in range(len(labels))], labels, range(1, len(labels) + 1))
-
-
-@pytest.mark.usefixtures("tiny")
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.floats(0.01, 0.99), st.integers(0, 2**31 - 1))
-def test_a_split_is_stratified_disjoint_seeded_and_leaves_something_to_train_on(sizes, share, seed):
-    assume(max(sizes) > 1)  # else there is nothing to hold out
-    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
-    photos = made_up_photos(labels)
-    kept, held = split_validation(photos, share, seed)
-    assert sorted(kept.paths() + held.paths()) == sorted(photos.paths())  # all, and none twice
-    where = dict(zip(photos.paths(), zip(labels, range(1, len(labels) + 1), strict=True), strict=True))
-    for part in (kept, held):
-        assert [where[path] for path in part.paths()] == list(
-            zip(part.labels.tolist(), part.lines.tolist(), strict=True)
-        )
-        assert part.lines.tolist() == sorted(part.lines.tolist())
-    for label, size in enumerate(sizes):
-        drawn = held.labels.tolist().count(label)
-        assert drawn == min(max(1, round(share * size)), size - 1)
-    again = split_validation(photos, share, seed)
-    assert [part.paths() for part in again] == [kept.paths(), held.paths()]
-
-
-@pytest.mark.usefixtures("tiny")
-def test_a_split_of_a_fifth_takes_a_fifth_of_each_class():
-    photos = made_up_photos([0] * 100 + [1] * 10 + [2] * 3 + [3])
-    kept, held = split_validation(photos, 0.2, seed=0)
-    assert torch.bincount(held.labels).tolist() == [20, 2, 1]
-    assert torch.bincount(kept.labels).tolist() == [80, 8, 2, 1]
-    other = split_validation(photos, 0.2, seed=1)[1]
-    assert other.paths() != held.paths()
 
 
 def test_a_single_class_gets_a_warning_since_its_accuracy_says_nothing(job):

@@ -18,9 +18,10 @@ from torchvision.models import ResNet18_Weights
 
 import train
 from transfer.backbone import NORMALIZE
-from transfer.checkpoint import IMAGENET_URL, load_backbone, load_checkpoint
+from transfer.checkpoint import load_backbone, load_checkpoint
 from transfer.features import Features
 from transfer.images import read_image
+from transfer.weights import IMAGENET_URL
 
 
 def read_csv(path):
@@ -71,18 +72,31 @@ def test_mean_losses_count_samples_not_batches():
     assert train.evaluate(model, batches()) == pytest.approx((expected, 1 / 3))
 
 
-def test_epoch_t_trains_on_view_t_mod_v(colours, monkeypatch):
+@pytest.mark.parametrize(
+    ("augment", "views", "expected"),
+    [
+        ("mirror", 4, [[0, 1]] * 4),
+        ("recipe", 4, [[0, 1, 2], [0, 1, 3], [0, 1, 2], [0, 1, 3]]),
+        ("recipe", 3, [[0, 1, 2]] * 4),
+        ("recipe", 1, [[0]] * 4),
+        ("auto", 2, [[0, 1]] * 4),
+    ],
+)
+def test_an_epoch_trains_once_on_each_view_of_its_plan(colours, monkeypatch, augment, views, expected):
     used = []
     original = train.batches_of
 
-    def spy(features, order, view, batch_size):
-        if features.chunks[0].shape[1] > 1:
-            used.append(view)
-        return original(features, order, view, batch_size)
+    def spy(features, rows, views, batch_size):
+        if torch.is_tensor(views):
+            pairs = sorted(zip(rows.tolist(), views.tolist(), strict=True))
+            used.append(sorted({view for _, view in pairs}))
+            assert pairs == [(row, view) for row in range(12) for view in used[-1]]
+        return original(features, rows, views, batch_size)
 
     monkeypatch.setattr(train, "batches_of", spy)
-    train.main(["--epochs", "5", "--views", "3", "--weights", "none", "--workers", "0"])
-    assert used == [0, 1, 2, 0, 1]
+    options = ["--weights", "none", "--workers", "0", "--augment", augment, "--views", str(views)]
+    train.main(["--epochs", "4", *options])
+    assert used == expected
 
 
 def test_the_rate_halves_after_the_fourth_epoch_without_gain(colours):
@@ -91,14 +105,14 @@ def test_the_rate_halves_after_the_fourth_epoch_without_gain(colours):
     assert rates == [1e-6] * 5 + [5e-7] * 4 + [2.5e-7]
 
 
-def test_views_do_not_outnumber_epochs(colours, monkeypatch):
+def test_no_view_is_made_that_the_plan_does_not_use(colours, monkeypatch):
     seen = []
     original = train.Views
     monkeypatch.setattr(
-        train, "Views", lambda photos, views, seed: seen.append(len(views)) or original(photos, views, seed)
+        train, "Views", lambda photos, views, seed: seen.append(list(views)) or original(photos, views, seed)
     )
-    train.main(["--epochs", "2", "--views", "9", "--weights", "none", "--workers", "0"])
-    assert seen == [1, 2]
+    train.main(["--epochs", "1", "--augment", "mirror", "--weights", "none", "--workers", "0"])
+    assert seen == [[0], [0, 1]]
 
 
 def test_frozen_weights_and_buffers_keep_their_bits_and_the_head_learns(sample_run):
@@ -110,12 +124,13 @@ def test_frozen_weights_and_buffers_keep_their_bits_and_the_head_learns(sample_r
     assert not torch.equal(after["fc.weight"], fresh.weight)
 
 
-def test_random_views_differ_by_seed_index_and_view_and_view_0_is_the_evaluation_view():
+def test_random_views_differ_by_seed_index_and_view_and_the_first_two_are_the_evaluation_view_and_its_mirror_image():
     image = read_image(ROOT / "food/banana/test_01.jpg")
     draw = lambda *where: train.draw_views(image, [where[1]], where[0], where[2])  # noqa: E731
-    assert torch.equal(draw(0, 1, 0), draw(0, 1, 0))
-    for other in ((1, 1, 0), (0, 2, 0), (0, 1, 1)):
-        assert not torch.equal(draw(0, 1, 0), draw(*other))
+    assert torch.equal(draw(0, 2, 0), draw(0, 2, 0))
+    for other in ((1, 2, 0), (0, 3, 0), (0, 2, 1)):
+        assert not torch.equal(draw(0, 2, 0), draw(*other))
+    assert torch.equal(draw(0, 1, 0), draw(7, 0, 7).flip(2))
     assert torch.equal(draw(0, 0, 0)[0], T.PILToTensor()(T.Resize((224, 224))(image)).permute(1, 2, 0))
 
 
@@ -154,6 +169,8 @@ def test_importing_either_script_does_nothing(tmp_path):
 def test_the_main_job_reaches_its_accuracy_and_says_what_it_did(sample_run):
     done, out = sample_run
     lines = done.stdout.splitlines()
+    said = r"views     mirror \(mirror ([\d.]+)%, recipe ([\d.]+)% right out of fold\)"
+    assert all(40 < float(figure) < 75 for figure in re.fullmatch(said, lines.pop(4)).groups())
     assert lines[0].startswith("device    ") and "475 training and 300 test images of 20 classes" in lines[2]
     epochs = [
         re.fullmatch(r" *(\d+) +([\d.]+) +([\d.]+)% +([\d.]+) +([\d.]+)% +0\.\d{6}(  best)?", line)
@@ -161,8 +178,8 @@ def test_the_main_job_reaches_its_accuracy_and_says_what_it_did(sample_run):
     ]
     assert [int(match[1]) for match in epochs] == list(range(1, 21))
     best = max(float(match[5]) for match in epochs)
-    # Chance is 5%. Seeds of this backbone give 57% to 61%; 54% leaves room for other arithmetic.
-    assert best >= 54
+    # Chance is 5%. Seeds of this backbone give 60% to 62%; 57% leaves room for other arithmetic.
+    assert best >= 57
     first = next(int(match[1]) for match in epochs if float(match[5]) == best)
     assert lines[3] == "best      epoch chosen on test.txt"
     assert re.fullmatch(rf"saved     {out} and {out.with_suffix('.csv')} in [\d.]+ s", lines[25])
@@ -212,8 +229,8 @@ def test_with_a_split_the_test_list_has_no_say_and_is_scored_once(colours, quick
     monkeypatch.setattr(train, "evaluate", spy)
     options = ("--epochs", 4, "--lr", 0.05, "--val-split", 0.25)
     out = go(*options)
-    # Of 4 images a class one is held out: 3 a validation, and 12 of the test list at the end.
-    assert scored == [3, 3, 3, 3, 12]
+    # Of 4 images a class one scene is held out, 1 or 2 images, and the 12 of the test list are scored at the end.
+    assert len(scored) == 5 and set(scored[:4]) == {scored[0]} and 3 <= scored[0] <= 6 and scored[4] == 12
     first, rows = weights_of(), rows_of()
     swap_test_labels()
     other = go(*options)
@@ -235,7 +252,8 @@ def test_the_header_and_the_last_lines_say_which_list_chose_the_epoch(colours, q
         about = load_checkpoint(Path("best.pth"))[1]
         assert about["chosen_on"] == chosen
         assert about["accuracy"] == max(float(row[f"{judge}_accuracy"]) for row in rows_of())
-    assert "data      9 training and 12 test images of 3 classes" in lines
+    assert "data      12 training and 12 test images of 3 classes" in lines
+    assert about["train_images"] < 12  # the rest chose the epoch
 
 
 @pytest.mark.usefixtures("tiny")

@@ -5,11 +5,13 @@ import contextlib
 import functools
 import io
 import os
+import shlex
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import distributed as dist
@@ -51,14 +53,24 @@ def first_ten(problems: Sequence[str], total: str, fix: str) -> list[str]:
     return [*problems[:SHOWN_PROBLEMS], f"{total}{cut}; {fix}"]
 
 
+def paste(script: str, test: Path, model: Path, root: Path) -> str:
+    """The command that shows what a model gets wrong, to be pasted into a shell in this folder."""
+    path = Path(__file__).resolve().parent.parent / script
+    command = ["python", str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)]
+    command += [str(test), "--report", "report.html"]
+    command += ["--model", str(model)] if model != Path("best.pth") else []
+    command += ["--root", str(root)] if root != Path() else []
+    return shlex.join(command)
+
+
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or the CPU, said that its memory is too small; not all of them have an exception for it."""
     words = str(error)
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in words or "can't allocate memory" in words
 
 
-def warn(text: str) -> None:
-    if my_rank() == 0:
+def warn(*texts: str) -> None:
+    for text in texts if my_rank() == 0 else ():
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 

@@ -1,11 +1,15 @@
 """Where to compute, and in which precision."""
 
+import contextlib
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from transfer.console import UserError, shown
-from transfer.distributed import local_rank, ranks_here
+from transfer.distributed import cores_of_rank, local_rank, ranks_here
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,22 @@ class Compute:
     device: torch.device
     dtype: torch.dtype
     workers: int = 0
+
+    @property
+    def precision(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+def free_memory() -> int:
+    """Bytes of main memory that may still be taken, as far as the system tells; of a container, its own."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError):
+        limits.append(1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]))
+        most, taken = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        limits.append(most - taken)  # no number, and so no limit, outside a container
+    if not limits and hasattr(os, "sysconf"):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)  # macOS does not say what is free
+    return max(0, min(limits, default=4 << 30))
 
 
 def pick_device(name: str) -> torch.device:
@@ -33,6 +53,12 @@ def pick_device(name: str) -> torch.device:
         # What names no card, as pinning memory and asking for bfloat16, means this one from here on.
         torch.cuda.set_device(name)
     return torch.device(name)
+
+
+def pick_compute(device: str, precision: str, workers: int | None, training: bool = False) -> Compute:
+    """What `--device`, `--precision` and `--workers` ask for. Raises UserError as the functions for each do."""
+    where = pick_device(device)
+    return Compute(where, pick_precision(precision, where, training), cores_of_rank() if workers is None else workers)
 
 
 def card_of_rank(name: str, cards: int) -> str:

@@ -53,6 +53,15 @@ def rank_slice(count: int, rank: int | None = None, step: int = 1) -> range:
     return range(min(rank * size, count), min((rank + 1) * size, count))
 
 
+def from_rank_0(value: object) -> object:
+    """What rank 0 has, on every rank."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 def gather_rows(mine: Tensor, count: int, step: int = 1) -> Tensor | None:
     """All ranks' slices (n, ...) of count rows in one tensor on rank 0; None on the others.
 

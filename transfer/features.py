@@ -1,5 +1,6 @@
 """Features of whole lists: the one pass that makes them, and what is kept of it."""
 
+import copy
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ CHUNK_ROWS = 1024  # images a file of the cache: what a killed pass may lose
 class Features:
     """Features of n images, float32 (n, V, 512), in chunks of `step` rows: in memory, or mapped from the cache.
 
-    labels: (n,); rows: the numbers of the images that could be read. Under torchrun only rank 0 has chunks.
+    labels: (n,); rows: the numbers of the images that are meant, at first all that could be read. Under torchrun only
+    rank 0 has chunks.
     """
 
     def __init__(self, chunks: Sequence[Tensor], step: int, labels: Tensor, unread: dict[int, str] | None = None):
@@ -32,14 +34,26 @@ class Features:
         readable[list(self.unread)] = False
         self.rows = readable.nonzero().flatten()
 
-    def take(self, rows: Tensor, view: int) -> Tensor:
-        """One view of some rows: (len(rows), 512)."""
+    def only(self, rows: Tensor) -> "Features":
+        """The same features, of which these rows are meant."""
+        part = copy.copy(self)
+        part.rows = rows
+        return part
+
+    @property
+    def views(self) -> int:
+        return self.chunks[0].shape[1]
+
+    def take(self, rows: Tensor, views: int | Tensor | slice) -> Tensor:
+        """Of some rows one view, the same or each its own, (len(rows), 512); or several, (len(rows), V, 512)."""
         if len(self.chunks) == 1:
-            return self.chunks[0][rows, view]
-        taken = torch.empty(len(rows), self.chunks[0].shape[2])
+            return self.chunks[0][rows, views]
+        taken = None
         for chunk in (rows // self.step).unique().tolist():
             here = rows // self.step == chunk
-            taken[here] = self.chunks[chunk][rows[here] - chunk * self.step, view]
+            found = self.chunks[chunk][rows[here] - chunk * self.step, views[here] if torch.is_tensor(views) else views]
+            taken = found.new_empty(len(rows), *found.shape[1:]) if taken is None else taken
+            taken[here] = found
         return taken
 
     def digests(self) -> Tensor:

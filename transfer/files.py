@@ -135,8 +135,10 @@ def check_outputs(flag: str, outputs: Sequence[Path], inputs: Iterable[str | byt
                 raise UserError(f"{flag} {shown(path)}: is read by this run; name another file to write")
 
 
-def prepare_output(path: Path, cache: Path | None) -> None:
-    """Check that a checkpoint can be saved there and features kept; sweep what a killed run left. Raises UserError."""
+def prepare_output(path: Path, cache: Path | None, inputs: Iterable[str | bytes | os.PathLike] = ()) -> None:
+    """Check that a checkpoint can be saved there, over none of the inputs, and features kept; sweep what a killed run
+    left. Raises UserError.
+    """
     name, folder = shown(path), path.resolve().parent
     if path.is_dir():
         raise UserError(f"--out {name}: is a directory; name a file, such as {shown(path / 'best.pth')}")
@@ -160,3 +162,4 @@ def prepare_output(path: Path, cache: Path | None) -> None:
         raise UserError(
             f"--out {name}: disk full ({free >> 20} MB free, {CHECKPOINT_BYTES >> 20} needed); free some space"
         )
+    check_outputs("--out", outputs_of(path), inputs)

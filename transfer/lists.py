@@ -189,8 +189,9 @@ def read_lists(train_path: Path, test_path: Path, root: Path) -> tuple[ImageList
     return train, test
 
 
-def class_names(listed: ImageList, classes_path: Path | None, classes: int) -> list[str]:
+def class_names(listed: ImageList, classes_path: Path | None) -> list[str]:
     """One name a class: from the file, else from the folders where they tell the classes apart, else numbers."""
+    classes = int(listed.labels.max()) + 1
     if classes_path is not None:
         names = [line.strip() for line in read_text(classes_path).decode().splitlines() if line.strip()]
         if len(names) != classes:
@@ -203,25 +204,6 @@ def class_names(listed: ImageList, classes_path: Path | None, classes: int) -> l
     names = [os.fsdecode(next(iter(found[c]))) if len(found.get(c, ())) == 1 else "" for c in range(classes)]
     telling = all(names) and len(set(names)) == classes
     return names if telling else [str(label) for label in range(classes)]
-
-
-def split_validation(listed: ImageList, fraction: float, seed: int) -> tuple[ImageList, ImageList]:
-    """What is left to train on, and a fraction of each class drawn by seed: at least one image, never all of them.
-
-    Raises UserError where every class has a single image.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    held = []
-    for label in listed.labels.unique():
-        rows = (listed.labels == label).nonzero().flatten()
-        count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-        held += rows[torch.randperm(len(rows), generator=generator)[:count]].tolist()
-    if not held:
-        raise UserError(
-            f"--val-split: {listed.name} has one image of each class, none to spare; add some or leave it out"
-        )
-    kept = sorted(set(range(len(listed))) - set(held))
-    return listed.subset(kept), listed.subset(sorted(held))
 
 
 def check_unread(listed: ImageList, unread: dict[int, str], tolerated: float, stopped: bool = False) -> None:

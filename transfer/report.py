@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from transfer.calibration import BINS, calibration
 from transfer.console import UserError, reason_of, shown
 from transfer.files import check_outputs, save_atomically
 from transfer.images import ImageError, read_image
@@ -25,7 +26,6 @@ from transfer.scores import NONE, Scores, percent
 
 MISTAKES, HITS = 24, 12  # images shown of each
 THUMBNAIL = 112  # pixels of the longer side
-BINS = 10  # of confidence, as Guo et al. (2017) have them
 MOST_DROPS = 12  # of the learning rate that are marked
 FEW = 10  # images below which a share says little
 WIDTH, HEIGHT = 420, 270  # of a chart, in its own units; the page scales it
@@ -425,21 +425,6 @@ def gallery(paths: Sequence[bytes], labels: Tensor, probs: Tensor, classes: list
 
 
 # Confidence
-
-
-def calibration(labels: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-    """By tenth of confidence: images (10,), right ones (10,), mean confidence (10,); and the expected error.
-
-    The tenths are (0, 0.1], (0.1, 0.2], ...; the error is the gap between share right and mean
-    confidence, weighted by images (Guo et al. 2017, equation 3).
-    """
-    confidence, guesses = probs.max(1)
-    tenth = torch.bucketize(confidence, torch.arange(1, BINS) / BINS)
-    count = torch.bincount(tenth, minlength=BINS)
-    right = torch.bincount(tenth[guesses == labels], minlength=BINS)
-    total = torch.bincount(tenth, confidence.double(), minlength=BINS)
-    ece = float((right - total).abs().sum() / max(1, len(labels)))
-    return count, right, total / count, ece
 
 
 def confidence_chart(count: Sequence[int], right: Sequence[int]) -> str:

@@ -1,0 +1,258 @@
+"""Folds: what kept features say of a training list itself, through near-duplicates and heads out of fold.
+
+A head that is scored on images of the shelf and minute it was fitted on looks far better than it is. So near-duplicates
+are tied into groups, whole groups are dealt into folds, and each image's logits come from a head that never saw its
+fold. The K heads are trained at once, as one product of features that are known: seconds.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from transfer.console import UserError
+from transfer.distributed import from_rank_0, my_rank
+from transfer.features import Features
+
+Plan = Callable[[int, int], Sequence[int]]  # of an epoch, from 1, and of how many views are kept: which to train on
+
+CHANCE = 0.001  # of the pairs of different classes, the share that is more alike than what counts as near-duplicates
+CHANCE_LINKS = 0.1  # and at most so many an image by chance, however large its class
+LINKS = 32  # kept of each image, its strongest: memory grows with N, not with N * N
+WORK = 500_000  # images times classes: above, heads out of fold take more than seconds
+SAMPLE = 2000  # images that the likeness of different classes is measured on: 2 million pairs
+BLOCK = 1024  # rows of a product at a time
+CLEARLY = 2  # standard errors
+FEW = 5  # images a class, below which a part of the list says nothing
+MOST_EPOCHS = 20  # that are compared
+
+
+def near_duplicates(features: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
+    """Groups (N,), numbered from 0, of images of one class that may show the same scene.
+
+    features: (N, D), of the evaluation view; labels: (N,), from 0.
+    Two images are tied where the cosine of their residuals (features less the mean of their class, each divided by
+    its deviation over the list) exceeds that of all but 1 in 1000 pairs of different classes, which no shared scene
+    explains; groups are the connected components. The class mean goes first, since with a good backbone all images
+    of a class are alike, near-duplicates or not.
+    """
+    counts = torch.bincount(labels)
+    means = features.new_zeros(len(counts), features.shape[1]).index_add_(0, labels, features)
+    means /= counts.clamp_min(1)[:, None]
+    deviation = features.std(0, correction=0).clamp_min(1e-6)
+
+    def residuals(rows: Tensor) -> Tensor:
+        return F.normalize((features[rows] - means[labels[rows]]) / deviation, dim=1)
+
+    sample = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:SAMPLE]
+    alike = likeness_by_chance(residuals(sample), labels[sample])
+    groups = torch.arange(len(labels))
+    for rows in labels.argsort(stable=True).split(counts.tolist()):
+        if len(alike) and len(rows) > 2:  # of two images each residual is the other's opposite
+            share = min(1, CHANCE_LINKS / len(rows) / CHANCE)
+            # The n residuals of a class sum to 0, which lowers their cosines by 1 / (n - 1).
+            threshold = alike[min(int(share * len(alike)), len(alike) - 1)].item() - 1 / (len(rows) - 1)
+            groups[rows] = rows[tie(residuals(rows), threshold)]
+    return groups.unique(return_inverse=True)[1]
+
+
+def likeness_by_chance(residuals: Tensor, labels: Tensor) -> Tensor:
+    """The largest cosines of pairs of different classes, CHANCE of them all, descending."""
+    cosines = (residuals @ residuals.T)[labels[:, None] < labels]
+    return cosines.topk(min(int(CHANCE * len(cosines)) + 1, len(cosines))).values
+
+
+def tie(residuals: Tensor, threshold: float) -> Tensor:
+    """For each of the images (n, D) of a class the lowest row of its group (n,)."""
+    count = len(residuals)
+    links, cosines = [], []
+    for start in range(0, count, BLOCK):
+        block = residuals[start : start + BLOCK] @ residuals.T
+        block.diagonal(start).fill_(-1)
+        nearest, columns = block.topk(min(LINKS, count), dim=1)
+        rows, places = (nearest > threshold).nonzero(as_tuple=True)
+        links.append(torch.stack([rows + start, columns[rows, places]]))
+        cosines.append(nearest[rows, places])
+    links = torch.cat(links, 1)[:, torch.cat(cosines).argsort(descending=True)]
+    groups = components(count, links)
+    # Links may chain a class into one group, and no head could learn it from the rest: keep the stronger half.
+    while groups.bincount().max() > max(2, count // 2):
+        links = links[:, : links.shape[1] // 2]
+        groups = components(count, links)
+    return groups
+
+
+def components(count: int, links: Tensor) -> Tensor:
+    """Connected components of a graph with so many nodes and links (2, L): the lowest node of each one's own."""
+    lowest, before = torch.arange(count), None
+    while before is None or not torch.equal(lowest, before):
+        before = lowest
+        for here, there in (links, links.flip(0)):
+            lowest = lowest.scatter_reduce(0, here, lowest[there], "amin")
+        lowest = lowest[lowest]
+    return lowest
+
+
+def draw_folds(labels: Tensor, groups: Tensor, k: int = 5, seed: int = 0) -> Tensor:
+    """Each image's fold (N,), from 0 to k - 1: whole groups, each of one class, and each class spread evenly.
+
+    The largest groups first, those of one size in a random order: each to the fold with the fewest images of its
+    class, and among those to the one with the fewest in all.
+    """
+    sizes = groups.bincount()
+    label_of = torch.empty_like(sizes).scatter_(0, groups, labels).tolist()
+    shuffled = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
+    order = shuffled[sizes[shuffled].argsort(descending=True, stable=True)].tolist()
+    of_class, in_all, fold = [[0] * k for _ in range(max(label_of) + 1)], [0] * k, torch.empty_like(sizes)
+    for group, size in zip(order, sizes[order].tolist(), strict=True):
+        mine = of_class[label_of[group]]
+        chosen = min(range(k), key=lambda number: (mine[number], in_all[number]))
+        mine[chosen] += size
+        in_all[chosen] += size
+        fold[group] = chosen
+    return fold[groups]
+
+
+def learnable(labels: Tensor, fold: Tensor) -> Tensor:
+    """Which images (N,) have others of their class outside their fold; no head can know the rest."""
+    table = torch.zeros(int(labels.max()) + 1, int(fold.max()) + 1, dtype=torch.int64)
+    table.index_put_((labels, fold), torch.ones_like(labels), accumulate=True)
+    return table[labels].sum(1) > table[labels, fold]
+
+
+def out_of_fold_logits(
+    features: Tensor,
+    labels: Tensor,
+    fold: Tensor,
+    classes: int,
+    rates: Sequence[float],
+    *,
+    plan: Plan,
+    batch_size: int,
+    seed: int,
+) -> Tensor:
+    """Logits (N, C) of each image's evaluation view from a head that was trained as the real one was, but without the
+    image's fold.
+
+    features: (N, V, D); labels, fold: (N,). plan: the views that an epoch trains on. rates: Adam's
+    learning rate in each epoch, as the real head had them up to the epoch that was kept: only then are these logits
+    as large as its own, and a temperature fitted on them fits it.
+    """
+    heads, width = int(fold.max()) + 1, features.shape[2]
+    generator = torch.Generator().manual_seed(seed)
+    bound = width**-0.5  # nn.Linear's
+    weights = torch.empty(width, heads * classes).uniform_(-bound, bound, generator=generator).requires_grad_()
+    bias = torch.empty(heads * classes).uniform_(-bound, bound, generator=generator).requires_grad_()
+    optimizer = torch.optim.Adam([weights, bias], lr=rates[0])
+    trained = (fold[:, None] != torch.arange(heads)).float()  # by which heads
+    drawn = round(batch_size * heads / max(1, heads - 1))  # so that each head's own batch is as large as asked
+    for epoch, rate in enumerate(rates, 1):
+        optimizer.param_groups[0]["lr"] = rate
+        views = torch.tensor(plan(epoch, features.shape[1]))
+        for batch in torch.randperm(len(labels) * len(views), generator=generator).split(drawn):
+            rows, view = batch // len(views), views[batch % len(views)]
+            logits = torch.addmm(bias, features[rows, view], weights).view(len(rows) * heads, classes)
+            losses = F.cross_entropy(logits, labels[rows].repeat_interleave(heads), reduction="none")
+            mine = trained[rows]
+            loss = (losses.view(-1, heads) * mine / mine.sum(0).clamp_min(1)).sum()  # Adam moves each head by its own
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    logits = torch.empty(len(labels), classes)
+    with torch.no_grad():
+        for number in range(heads):
+            held, own = fold == number, slice(number * classes, (number + 1) * classes)
+            logits[held] = torch.addmm(bias[own], features[held, 0], weights[:, own])
+    return logits
+
+
+def hold_out(labels: Tensor, groups: Tensor, fraction: float, seed: int) -> Tensor:
+    """Which images (N,) to hold out: of each class about that fraction, in whole groups drawn by seed; one group at
+    least where there are two, and never all.
+
+    Drawn until the next would exceed the fraction by more than half of it. To look for a smaller one instead would
+    hold out mostly images that are like no other, and those that a head knows by others are what must not remain.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        rows = (labels == label).nonzero().flatten()
+        numbers, sizes = groups[rows].unique(return_counts=True)
+        order = torch.randperm(len(numbers), generator=generator)[:-1]  # the last one stays
+        before = sizes[order].cumsum(0) - sizes[order] / 2
+        count = max(1, int((before <= min(max(1, round(fraction * len(rows))), len(rows) - 1)).sum()))
+        held[rows] = torch.isin(groups[rows], numbers[order[:count]])
+    return held
+
+
+def split_validation(features: Features, fraction: float, seed: int) -> tuple[Features, Features]:
+    """What is left to train on, and a fraction of each class, drawn by seed: photos of one scene on one side, since a
+    head knows the scenes it has seen. Raises UserError (status 1) where there is none to spare.
+    """
+    held, labels = None, features.labels[features.rows]
+    if my_rank() == 0:
+        held = hold_out(labels, near_duplicates(features.take(features.rows, 0), labels), fraction, seed)
+    held = from_rank_0(held)
+    if not held.any():
+        raise UserError("--val-split: each class is a single scene, none to spare; leave it out", status=1)
+    return features.only(features.rows[~held]), features.only(features.rows[held])
+
+
+def choose_plan(
+    features: Features,
+    plans: dict[str, Plan],
+    wish: str,
+    *,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    seed: int,
+) -> tuple[Plan, str]:
+    """The plan to train on, and why, in words: the one that is wished for, or, for auto, the first of the two, unless
+    out of fold the second is clearly better.
+
+    Clearly: by two standard errors, of whole groups, since their images are right or wrong together. Without that
+    margin the choice is noise: over 36 sets of photos the difference out of fold and that on a test list correlated
+    by 0.08 to 0.2.
+    """
+    first, second = plans
+    if wish != "auto" or features.views <= 2:
+        return plans[first if wish == "auto" else wish], first if wish == "auto" else wish
+    classes = int(features.labels.max()) + 1
+    order = torch.randperm(len(features.rows), generator=torch.Generator().manual_seed(seed))
+    rows = features.rows[order[: WORK // classes].sort().values]
+    part = f" of {len(rows):,} images" if len(rows) < len(features.rows) else ""
+    table, labels = features.take(rows, slice(None)), features.labels[rows]
+    groups = near_duplicates(table[:, 0], labels)
+    fold = draw_folds(labels, groups, seed=seed)
+    known = learnable(labels, fold)
+    if (part and len(rows) < FEW * classes) or not known.any():
+        return plans[first], f"{first} (too few images of a class to compare it with {second})"
+    how = {"rates": [lr] * min(epochs, MOST_EPOCHS), "batch_size": batch_size, "seed": seed}
+    right = []
+    for plan in plans.values():
+        logits = out_of_fold_logits(table, labels, fold, classes, plan=plan, **how)
+        right.append((logits.argmax(1) == labels)[known].double())
+    gains = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add_(0, groups[known], right[1] - right[0])
+    chosen = second if gains.sum() > CLEARLY * gains.square().sum().sqrt() else first
+    figures = [f"{name} {share.mean():.1%}" for name, share in zip(plans, right, strict=True)]
+    return plans[chosen], f"{chosen} ({', '.join(figures)} right out of fold{part})"
+
+
+def replay_logits(
+    features: Features, plan: Plan, rates: Sequence[float], *, batch_size: int, seed: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Logits and labels out of fold of the images that a head was trained on, at these rates; none where they are too
+    many to have in seconds, or too few.
+    """
+    labels = features.labels[features.rows]
+    classes = int(labels.max()) + 1
+    if len(labels) * classes > WORK:
+        return []
+    table = features.take(features.rows, slice(None))
+    fold = draw_folds(labels, near_duplicates(table[:, 0], labels), seed=seed)
+    known = learnable(labels, fold)
+    how = {"plan": plan, "batch_size": batch_size, "seed": seed}
+    logits = out_of_fold_logits(table, labels, fold, classes, rates, **how)
+    return [(logits[known], labels[known])] if known.any() else []

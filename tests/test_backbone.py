@@ -107,12 +107,12 @@ def test_spawned_workers_as_on_macos_and_windows_find_what_they_unpickle(colours
     Path("sitecustomize.py").write_text(start)
     options = ("--weights", "none", "--epochs", 2, "--views", 2, "--precision", "float32", "--device", "cpu")
     spawned = {"PYTHONPATH": os.pathsep.join((str(colours), str(ROOT))), "OMP_NUM_THREADS": "1"}
-    done = run_script("train.py", *options, "--workers", 2, "--out", "spawned.pth", cwd=colours, **spawned)
+    done = run_script("train.py", *options, "--workers", 1, "--out", "spawned.pth", cwd=colours, **spawned)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(Path("started").read_text()) > 2  # a forked worker would not have started Python anew
     assert run_main(train.main, *options, "--workers", 0)[0] == 0
     assert Path("spawned.csv").read_text() == Path("best.csv").read_text()
-    predict_options = ("test.txt", "--workers", 2, "--batch-size", 4, "--model", "spawned.pth", "--device", "cpu")
+    predict_options = ("test.txt", "--workers", 1, "--batch-size", 4, "--model", "spawned.pth", "--device", "cpu")
     done = run_script("predict.py", *predict_options, cwd=colours, **spawned)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.count(".png  ") == 12
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import sys
 from datetime import timedelta
 
@@ -40,8 +41,11 @@ def my_rank() -> int:
 def join_ranks() -> None:
     """Meet the other ranks. The others than rank 0 fall silent on stdout."""
     if launched() and not dist.is_initialized():
+        # Whoever waits here for a rank that has ended would not hear SIGTERM: torchrun would wait 30 s and kill it.
+        handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # gloo for what lies on the CPU, and nccl for the gradients on CUDA. Rank 0 may train the head for hours.
         dist.init_process_group(timeout=timedelta(hours=12))
+        signal.signal(signal.SIGTERM, handler)
         if my_rank():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

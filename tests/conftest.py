@@ -102,9 +102,9 @@ def colours(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def sample_run(tmp_path_factory):
-    """The main job on the sample photos: the finished process, its output lines and the checkpoint."""
+    """The main job on the sample photos: the finished process and the checkpoint; its features lie in `kept` beside."""
     out = tmp_path_factory.mktemp("sample") / "best.pth"
-    done = run_script("train.py", "--epochs", 20, "--out", out)
+    done = run_script("train.py", "--epochs", 20, "--out", out, "--cache", out.parent / "kept")
     assert done.returncode == 0, done.stderr
     return done, out
 

@@ -72,7 +72,7 @@ def test_weights_cast_once_give_the_bits_of_autocast():
 
 def test_bfloat16_features_are_within_a_percent_of_float32_and_as_often_right(sample_run):
     model, _ = load_checkpoint(sample_run[1])
-    test, _ = read_list(ROOT / "test.txt", ROOT)
+    test = sample("test", 100)
     features = {}
     for dtype in (torch.float32, torch.bfloat16):
         compute = Compute(torch.device("cpu"), dtype, workers=2)

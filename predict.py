@@ -33,8 +33,7 @@ from train import Views, draw_views
 from transfer.backbone import PASS_BATCH, backbone_of, each_image, embed, embed_batches, embed_in_order, inference_copy
 from transfer.checkpoint import load_checkpoint
 from transfer.console import Help, Progress, UserError, fraction, one_line_errors, shown, whole
-from transfer.device import Compute, pick_device, pick_precision
-from transfer.distributed import cores_of_rank
+from transfer.device import Compute, pick_compute
 from transfer.images import as_rgb, read_image, upright
 from transfer.lists import ImageList, ListsError, read_list
 from transfer.piped import OwnPaths, PipedPaths
@@ -52,16 +51,29 @@ class Classifier:
     classes: list[str]
     about: dict  # what train.py said of it; only `classes` where it said nothing
     compute: Compute
+    views: Sequence[int] = (0,)  # of each image, that its features are the mean of
 
 
-def load(path: str | os.PathLike = "best.pth", device: str = "auto", workers: int = 0) -> Classifier:
-    """Load train.py's best.pth, or any ResNet-18 state dict with a head. Raises UserError."""
+def load(
+    path: str | os.PathLike = "best.pth", device: str = "auto", workers: int | None = 0, mirror: bool = False
+) -> Classifier:
+    """Load train.py's best.pth, or any ResNet-18 state dict with a head. Raises UserError.
+
+    mirror: predict from each image and its mirror image, at twice the cost.
+    """
     model, about = load_checkpoint(Path(path))
-    where = pick_device(device)
     # As it was trained, so that the accuracy is the one that training reported.
-    precision = pick_precision("float32" if about.get("precision") == "float32" else "auto", where)
-    compute = Compute(where, precision, workers)
-    return Classifier(inference_copy(backbone_of(model), compute), model.fc, about["classes"], about, compute)
+    compute = pick_compute(device, "float32" if about.get("precision") == "float32" else "auto", workers)
+    backbone, views = inference_copy(backbone_of(model), compute), (0, 1) if mirror else (0,)
+    return Classifier(backbone, model.fc, about["classes"], about, compute, views)
+
+
+def probabilities(classifier: Classifier, features: Tensor) -> Tensor:
+    """Of one image's features, (512,) or (V, 512), as its backbone gives them: (C,).
+
+    The logits of the mean of two views are the mean of their logits: the head is linear.
+    """
+    return classifier.head(features.cpu().float().view(-1, features.shape[-1]).mean(0)).softmax(0)
 
 
 @torch.inference_mode()
@@ -74,8 +86,8 @@ def predict(classifier: Classifier, images: Sequence[str | os.PathLike | Image.I
     for image in images:
         # A copy, since `upright` turns the image itself, and this one is the caller's.
         image = as_rgb(upright(image.copy())) if isinstance(image, Image.Image) else read_image(image)
-        features = embed(classifier.backbone, draw_views(image, [0], 0, 0), classifier.compute)
-        probs = classifier.head(features.cpu().float()[0]).softmax(0)
+        features = embed(classifier.backbone, draw_views(image, classifier.views, 0, 0), classifier.compute)
+        probs = probabilities(classifier, features)
         named.append(likeliest(probs, classifier.classes, len(classifier.classes)))
     return named
 
@@ -84,10 +96,10 @@ def predict(classifier: Classifier, images: Sequence[str | os.PathLike | Image.I
 def predict_images(classifier: Classifier, listed: ImageList, batch_size: int) -> Iterator[tuple[int, Tensor | str]]:
     """Each image's number and its probabilities (C,), or the reason why it can't be read; in order."""
     compute = classifier.compute if len(listed) > batch_size else replace(classifier.compute, workers=0)
-    dataset, rows = Views(listed, [0], seed=0), range(len(listed))
-    batches = embed_in_order(classifier.backbone, dataset, rows, compute=compute, batch_size=batch_size)
-    for index, features in each_image(batches):
-        yield index, features if isinstance(features, str) else classifier.head(features).softmax(0)
+    dataset, views = Views(listed, classifier.views, seed=0), len(classifier.views)
+    how = {"compute": compute, "batch_size": max(1, batch_size // views), "per_image": views}
+    for index, features in each_image(embed_in_order(classifier.backbone, dataset, range(len(listed)), **how)):
+        yield index, features if isinstance(features, str) else probabilities(classifier, features)
 
 
 @torch.inference_mode()
@@ -96,13 +108,14 @@ def predict_piped(classifier: Classifier, batch_size: int) -> Iterator[tuple[byt
 
     Raises UserError (status 1) where standard input can't be read as lines.
     """
-    pipe, dataset = PipedPaths(batch_size), Views(OwnPaths(), [0], seed=0)
+    pipe, dataset = PipedPaths(batch_size), Views(OwnPaths(), classifier.views, seed=0)
     for few, workers in ((True, 0), (False, classifier.compute.workers)):  # they start once they pay, and stay
         if not few and not pipe.unanswered:
             return
-        compute, batches = replace(classifier.compute, workers=workers), functools.partial(pipe.batches, few)
-        for (_, path), features in each_image(embed_batches(classifier.backbone, dataset, batches, compute=compute)):
-            yield path, features if isinstance(features, str) else classifier.head(features).softmax(0)
+        how = {"compute": replace(classifier.compute, workers=workers), "per_image": len(classifier.views)}
+        batches = embed_batches(classifier.backbone, dataset, functools.partial(pipe.batches, few), **how)
+        for (_, path), features in each_image(batches):
+            yield path, features if isinstance(features, str) else probabilities(classifier, features)
             pipe.answered()
 
 
@@ -191,6 +204,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     output("--format", choices=("text", "csv", "json"), default="text", help="of the rows on stdout")
     output("--report", type=Path, metavar="FILE", help="HTML page of the mistakes on lists with labels")
     running = parser.add_argument_group("running").add_argument
+    running("--mirror", action="store_true", help="predict from each image and its mirror image: twice the time")
     running("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     running("--batch-size", type=whole(1), metavar="N", help="images at a time (default: by device)")
     running("--workers", type=whole(0), metavar="N", help="decoding processes (default: one a core)")
@@ -212,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         history = f"{os.path.splitext(args.model)[0]}.csv"
         check_target(args.report, [*args.images, args.model, history, *listed.paths()])
-    classifier = load(args.model, args.device, cores_of_rank() if args.workers is None else args.workers)
+    classifier = load(args.model, args.device, args.workers, args.mirror)
     classes = classifier.classes
     if labelled and int(listed.labels.max()) >= len(classes):
         row = int(listed.labels.argmax())

@@ -6,6 +6,7 @@ import errno
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -92,7 +93,7 @@ def quick(model, monkeypatch):
     torch.manual_seed(0)
     backbone = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(1), torch.nn.Linear(48, 512)).eval()
 
-    def load(path, device, workers):
+    def load(path, device, workers, mirror):
         compute = dataclasses.replace(model.compute, workers=workers)
         return dataclasses.replace(model, backbone=backbone, compute=compute)
 
@@ -546,6 +547,26 @@ def test_load_and_predict_take_paths_and_pil_images_and_agree_with_the_command(m
     probabilities = [probability for _, probability in expected]
     assert probabilities == sorted(probabilities, reverse=True) and sum(probabilities) == pytest.approx(1)
     assert predict.predict(model, []) == []
+
+
+def test_from_both_sides_an_image_and_its_mirror_image_are_the_same_and_each_way_in_agrees(model, small_run):
+    # A red and a green half, so that the sides differ.
+    image = Image.new("RGB", (64, 64), (220, 30, 30))
+    image.paste((30, 200, 40), (0, 0, 20, 64))
+    image.save("sides.png")
+    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save("mirrored.png")
+    both = LOAD("best.pth", "cpu", mirror=True)
+    first, second = predict.predict(both, ["sides.png", "mirrored.png"])
+    assert alike(first, second)
+    plain = predict.predict(model, ["sides.png", "mirrored.png"])
+    assert not alike(*plain, tolerance=1e-4)
+    # The mean of the logits, up to a constant: of the logarithms of the probabilities.
+    logs = [{name: math.log(prob) for name, prob in each} for each in (*plain, first)]
+    means = {name: (logs[0][name] + logs[1][name]) / 2 - logs[2][name] for name in logs[2]}
+    assert max(means.values()) - min(means.values()) < 1e-3
+    arguments = ("sides.png", "--mirror", "--format", "json", "--model", small_run / "best.pth")
+    said = json.loads(answer(*arguments)[0])["top"]
+    assert alike([(top["class"], top["prob"]) for top in said], first)
 
 
 def test_a_pil_image_is_turned_as_its_exif_says(model):

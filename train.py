@@ -77,10 +77,10 @@ def draw_views(image: Image.Image, views: Sequence[int], seed: int, index: int) 
 
     A random view depends on (seed, index, view) alone: not on workers, batches or order.
     """
-    drawn, resized = [], None
+    drawn, evaluation, resized = [], None, None
     for view in views:
         if view < 2:
-            evaluation = EVALUATION_VIEW(image)
+            evaluation = evaluation or EVALUATION_VIEW(image)
             drawn.append(hflip(evaluation) if view else evaluation)
             continue
         resized = resized or RESIZE_TRAINING(image)
@@ -201,7 +201,7 @@ def train_one_epoch(
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
     """Mean loss and accuracy over all samples."""
     # Not through DistributedDataParallel: a rank may have nothing to evaluate, and would miss from its forward pass.
-    network = model.module if isinstance(model, DistributedDataParallel) else model
+    network = finetune.inner(model)
     total_loss, right, count = 0.0, 0, 0
     for inputs, labels in batches:
         logits = network(inputs)

@@ -31,17 +31,26 @@ from transfer.lists import read_list  # noqa: E402
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
 
 
-def run_script(script: str, *args: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    """A script by subprocess, as a user runs it, on a machine where every download is refused."""
+def start_script(script: str, *args: object, cwd: Path = ROOT, **environment: str) -> subprocess.Popen:
+    """A script as a user runs it, on a machine where every download is refused."""
     refused = {"https_proxy": "http://127.0.0.1:9", "no_proxy": "", "TORCH_HOME": "/nonexistent/torch"}
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, args)],
-        cwd=cwd,
-        env=os.environ | refused | environment,
-        capture_output=True,
-        text=True,
-        timeout=170,
-    )
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=os.environ | refused | environment, **pipes)
+
+
+def finished(script: subprocess.Popen) -> subprocess.CompletedProcess:
+    """The same when it has ended; it is given three minutes."""
+    try:
+        out, err = script.communicate(timeout=170)
+    except subprocess.TimeoutExpired:
+        script.kill()
+        raise
+    return subprocess.CompletedProcess(script.args, script.returncode, out, err)
+
+
+def run_script(script: str, *args: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    return finished(start_script(script, *args, cwd=cwd, **environment))
 
 
 def run_main(main, *args: object) -> tuple[int, str, str]:
@@ -100,11 +109,24 @@ def colours(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture(scope="session")
-def sample_run(tmp_path_factory):
-    """The main job on the sample photos: the finished process and the checkpoint; its features lie in `kept` beside."""
+def pytest_collection_modifyitems(items):
+    """Tests of the real run on the sample come last: it takes long, and goes on beside the others."""
+    items.sort(key=lambda item: "sample_run" in item.fixturenames)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sample_job(request, tmp_path_factory):
+    """The main job on the sample photos, begun at once where a test will ask for it; and its checkpoint."""
+    if not any("sample_run" in item.fixturenames for item in request.session.items):
+        return None
     out = tmp_path_factory.mktemp("sample") / "best.pth"
-    done = run_script("train.py", "--epochs", 20, "--out", out, "--cache", out.parent / "kept")
+    return start_script("train.py", "--epochs", 20, "--out", out, "--cache", out.parent / "kept"), out
+
+
+@pytest.fixture(scope="session")
+def sample_run(sample_job):
+    """The main job on the sample photos: the finished process and the checkpoint; its features lie in `kept` beside."""
+    done, out = finished(sample_job[0]), sample_job[1]
     assert done.returncode == 0, done.stderr
     return done, out
 

@@ -231,10 +231,10 @@ def try_seeds(kind: tuple, seeds: range, end: float, tally: Sequence[float]) -> 
             break
 
 
-def fuzz(name: str, minutes: float, first: int) -> int:
+def fuzz(name: str, minutes: float, first: int, most: int) -> int:
     """Findings of one kind. The inputs run in a child, so that not even its death ends the search."""
     end, tally = time.monotonic() + 60 * minutes, multiprocessing.Array("d", [first - 1, 0, 0, 0, 0], lock=False)
-    last = first + (200 if name == "kills" else 10**9)
+    last = first + most
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         kind = KINDS[name]()
         while time.monotonic() < end and tally[0] < last - 1:
@@ -251,7 +251,8 @@ def fuzz(name: str, minutes: float, first: int) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fuzz what reads untrusted bytes, and kill training runs.")
     parser.add_argument("--minutes", type=float, default=1, metavar="N", help="for each kind (default 1)")
-    parser.add_argument("--only", choices=KINDS, help="one kind (default: all); kills are 200 at most")
+    parser.add_argument("--only", choices=KINDS, help="one kind (default: all)")
+    parser.add_argument("--inputs", type=int, default=10**9, metavar="N", help="of each kind, at most")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first input (default 0)")
     args = parser.parse_args()
-    sys.exit(any([fuzz(name, args.minutes, args.seed) for name in KINDS if args.only in (None, name)]))
+    sys.exit(any([fuzz(name, args.minutes, args.seed, args.inputs) for name in KINDS if args.only in (None, name)]))

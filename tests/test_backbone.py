@@ -102,9 +102,11 @@ def test_features_do_not_depend_on_workers_batches_or_order():
 
 
 def test_spawned_workers_as_on_macos_and_windows_find_what_they_unpickle(colours):
-    # Each Python of this environment imports sitecustomize first, the workers' too.
-    start = "import transfer.backbone\ntransfer.backbone.START_METHOD = 'spawn'\nopen('started', 'a').write('x')\n"
-    Path("sitecustomize.py").write_text(start)
+    # Each Python of this environment imports sitecustomize first, the workers' too, which need no change.
+    start = "import transfer.backbone\n    transfer.backbone.START_METHOD = 'spawn'"
+    Path("sitecustomize.py").write_text(
+        f"import sys\nopen('started', 'a').write('x')\nif '-c' not in sys.orig_argv:\n    {start}\n"
+    )
     options = ("--weights", "none", "--epochs", 2, "--views", 2, "--precision", "float32", "--device", "cpu")
     spawned = {"PYTHONPATH": os.pathsep.join((str(colours), str(ROOT))), "OMP_NUM_THREADS": "1"}
     done = run_script("train.py", *options, "--workers", 1, "--out", "spawned.pth", cwd=colours, **spawned)

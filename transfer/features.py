@@ -15,7 +15,7 @@ from transfer.backbone import PASS_BATCH, each_image, embed_in_order
 from transfer.cache import chunk_path, read_chunk, recipe_digest, save_chunk
 from transfer.console import Progress, first_three, warn
 from transfer.device import Compute
-from transfer.distributed import gather_rows, my_rank, rank_slice, world_size
+from transfer.distributed import from_rank_0, gather_rows, my_rank, rank_slice, world_size
 from transfer.lists import ImageList, check_unread
 
 CHUNK_ROWS = 1024  # images a file of the cache: what a killed pass may lose
@@ -146,15 +146,12 @@ def share_chunks(
     told = [None] * world_size()
     dist.all_gather_object(told, (unread, [path.resolve() for path in paths], [chunk.shape for chunk in chunks]))
     everywhere = {row: reason for reasons, *_ in told for row, reason in reasons.items()}
-    mapped = [None]
+    mapped = []
     if my_rank() == 0 and paths:
         places = [(path, shape) for _, theirs, shapes in told for path, shape in zip(theirs, shapes, strict=True)]
-        found = [read_chunk(path, shape) for path, shape in places]
-        mapped = [[chunk for chunk, _ in found] if None not in found else None]
-    seen = [mapped[0] is not None]
-    dist.broadcast_object_list(seen)  # the others must know whether to send theirs
-    if seen[0]:
-        return mapped[0] or [], step, everywhere
+        mapped = [read_chunk(path, shape) for path, shape in places]
+    if from_rank_0(bool(mapped) and all(mapped)):  # else the others must send theirs
+        return [chunk for chunk, _ in mapped], step, everywhere
     mine = chunks[0] if len(chunks) == 1 else torch.cat(chunks) if chunks else torch.empty(0)
     rows = gather_rows(mine, count, step if paths else 1)
     return [rows] if rows is not None else [], count, everywhere

@@ -198,3 +198,20 @@ def test_progress_is_rank_0s_alone(watch, monkeypatch):
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")):
         monkeypatch.setenv(name, value)
     assert watch(4) == watch(4, terminal=True) == ""
+
+
+LATE = """
+import os, signal, sys, threading, time
+from transfer.console import UserError, one_line_errors
+threading.Thread(target=lambda: (time.sleep(0.5), os.kill(os.getpid(), signal.SIGTERM), time.sleep(1))).start()
+with one_line_errors():
+    raise UserError("first")
+"""
+
+
+def test_sigterm_while_the_interpreter_ends_shows_no_traceback():
+    # The interpreter waits for the thread; torchrun sends SIGTERM to ranks that are at their end already.
+    done = subprocess.run(
+        [sys.executable, "-c", LATE], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "error: first\n")

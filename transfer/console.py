@@ -95,7 +95,11 @@ def one_line_errors() -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name never crashes an ASCII terminal
     try:
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ValueError):  # from here on it ends the process, and nothing is left to tell
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
     except UserError as error:
         # Each rank for itself: torchrun may end the others before they come to it, and some see other files.
         who = f"rank {my_rank()} on {socket.gethostname()}: " if launched() else ""

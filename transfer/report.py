@@ -257,7 +257,7 @@ def learning_curves(curves: list[dict[str, str]]) -> str:
     drop_key = '<span><i class="drop"></i>learning rate drops</span>' if drops(columns["lr"]) else ""
     judge = "validation split" if "val_loss" in curves[0] else "test list"
     return (
-        "<p>Training figures are taken while the weights still move, on views drawn at random; "
+        "<p>Training figures are taken while the weights still move, on other views too; "
         f"they may lie below those of the {judge}.</p>"
         f'<p class="key"><span><i class="blue dash"></i>training list</span><span><i class="orange"></i>{judge}</span>'
         f'{drop_key}</p><div class="pair">'

@@ -45,7 +45,7 @@ from transfer.calibration import calibrate, logits_of
 from transfer.checkpoint import about_run, keep_epoch, load_state, replaced_by
 from transfer.console import Help, UserError, fraction, one_line_errors, paste, positive, shown, warn, whole
 from transfer.device import Compute, pick_compute
-from transfer.distributed import from_rank_0, join_ranks, my_rank
+from transfer.distributed import from_rank_0, join_ranks, leave_ranks, my_rank
 from transfer.features import Features, extract_features, warn_of_overlap
 from transfer.files import prepare_output, previous_of
 from transfer.folds import choose_plan, replay_logits, split_validation
@@ -392,8 +392,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             accuracy = score_test(model, test, None if network else test_features, compute)
             print(f"test      accuracy {accuracy:.2%}, scored once")
         print(f"next      {paste('predict.py', args.test, args.out, args.root)}")
-    if dist.is_initialized():
-        dist.destroy_process_group()  # left to the interpreter's end, its threads may abort the process
+    leave_ranks()
 
 
 if __name__ == "__main__":

@@ -50,6 +50,13 @@ def join_ranks() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def leave_ranks() -> None:
+    """Part from the other ranks, all at once: with torch 2.10 one that ends long before them may hang as it closes."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()  # left to the interpreter's end, its threads may abort the process
+
+
 def rank_slice(count: int, rank: int | None = None, step: int = 1) -> range:
     """A rank's rows of so many, by default this one's: equal slices of whole steps, the last ones shorter or empty."""
     rank = rank if rank is not None else my_rank() if dist.is_initialized() else 0

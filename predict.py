@@ -222,10 +222,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.report and not labelled:
         raise UserError("--report: needs labels; give a list of lines with path and label, ending in .txt")
     if args.report:
-        from transfer.report import check_target, save_report  # its drawing is no business of a plain prediction
+        from transfer.page import check_target  # what draws is no business of a plain prediction
+        from transfer.report import save_report
 
         history = f"{os.path.splitext(args.model)[0]}.csv"
-        check_target(args.report, [*args.images, args.model, history, *listed.paths()])
+        check_target("--report", args.report, [*args.images, args.model, history, *listed.paths()])
     classifier = load(args.model, args.device, args.workers, args.mirror)
     classes = classifier.classes
     if labelled and int(listed.labels.max()) >= len(classes):

@@ -1,112 +1,45 @@
-"""The report: one HTML file that shows what a classifier gets right and wrong, for predict.py.
+"""The report: a page that shows what a classifier gets right and wrong, for predict.py."""
 
-Everything is inline, style, charts and thumbnails, and there is no script: the page
-opens by a double click, asks nothing of any network, and prints.
-"""
-
-import base64
 import csv
 import html
-import io
 import math
 import os
-import tempfile
-import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from transfer.calibration import BINS, calibration
-from transfer.console import UserError, reason_of, shown
-from transfer.files import check_outputs, save_atomically
-from transfer.images import ImageError, read_image
+from transfer.files import save_atomically
+from transfer.page import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    axes,
+    drawing,
+    letter,
+    letters,
+    number,
+    page,
+    plain,
+    rule,
+    scroller,
+    shortened,
+    thumbnail,
+    ticks,
+)
 from transfer.scores import NONE, Scores, percent
 
 MISTAKES, HITS = 24, 12  # images shown of each
-THUMBNAIL = 112  # pixels of the longer side
 MOST_DROPS = 12  # of the learning rate that are marked
 FEW = 10  # images below which a share says little
-WIDTH, HEIGHT = 420, 270  # of a chart, in its own units; the page scales it
-LEFT, TOP, RIGHT, BOTTOM = 44, 38, 400, 230  # of a chart's plot
 CELLS = ((24, 34, 12), (60, 23, 11), (math.inf, 15, 9.5))  # matrix: classes up to, cell and letter size in pixels
-NAME_WIDTH = 22  # letters of a class name beside the matrix
 PRINT_WIDTH = 660  # pixels of A4 between its margins
 MOST_IN_MATRIX = 1000  # classes: a larger matrix is read by nobody
-STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-
-
-# Letters and numbers
-
-
-def plain(value: object) -> str:
-    """Any value as text that is safe in HTML: names come from file systems, and may hold anything."""
-    return html.escape(shown(value if isinstance(value, bytes) else str(value)))
-
-
-def number(value: object, form: str) -> str:
-    """A figure in a format, the plain value where it is no number."""
-    return format(value, form) if isinstance(value, (int, float)) else plain(value)
-
-
-def letters(text: str) -> int:
-    """How many letters wide a text is; East Asian ones count twice."""
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
-
-
-def shortened(name: str, most: int = NAME_WIDTH) -> str:
-    """A name that fits beside the matrix, shown in full where the pointer rests."""
-    text = shown(name)
-    if letters(text) <= most:
-        return text
-    while letters(text) >= most:
-        text = text[:-1]
-    return text + "…"
-
-
-def ticks(high: float, least: float = 0.0) -> list[float]:
-    """Round numbers from 0 to high or just above, a few of them, `least` or more apart."""
-    raw = max(high / 5, least, 1e-9)
-    scale = 10.0 ** math.floor(math.log10(raw) + 1e-9)
-    step = next(factor * scale for factor in (1, 2, 5, 10) if factor * scale > raw * (1 - 1e-9))
-    return [step * count for count in range(math.ceil(high / step - 1e-9) + 1)]
-
-
-# Pieces of charts
-
-
-def drawing(width: float, height: float, label: str, body: str, attributes: str = "") -> str:
-    """An SVG with its text alternative (plain text, escaped here)."""
-    return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html.escape(label)}"{attributes}>{body}</svg>'
-    )
-
-
-def letter(x: float, y: float, text: str, kind: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{text}</text>'
-
-
-def rule(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<path class="{kind}" d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}"/>'
-
-
-def axes(across: Iterable[tuple[float, str]], up: Iterable[tuple[float, str]], name: str) -> str:
-    """A base line, and the labels at their places of 0 to 1 along either side of the plot."""
-    parts = []
-    for place, text in up:
-        y = BOTTOM - place * (BOTTOM - TOP)
-        parts += [rule(LEFT, y, RIGHT, y, "grid"), letter(LEFT - 8, y + 4, text, "end")]
-    for place, text in across:
-        parts.append(letter(LEFT + place * (RIGHT - LEFT), BOTTOM + 18, text, "mid"))
-    parts += [rule(LEFT, BOTTOM, RIGHT, BOTTOM, "axis"), letter((LEFT + RIGHT) / 2, HEIGHT - 4, name, "mid")]
-    return "".join(parts)
-
-
-def scroller(name: str, body: str, classes: int) -> str:
-    """What is wider than a small screen scrolls by itself, by keyboard too; with many classes also up and down."""
-    kind = "scroll tall" if classes > 40 else "scroll"
-    return f'<div class="{kind}" tabindex="0" role="region" aria-label="{name}">{body}</div>'
 
 
 # The header
@@ -375,20 +308,6 @@ def class_table(scores: Scores, classes: list[str]) -> str:
 # Images
 
 
-def thumbnail(path: bytes, alt: str) -> str:
-    """The image in small, or a grey square that says why not."""
-    try:
-        image = read_image(path)
-    except ImageError as error:
-        return f'<div class="image" role="img" aria-label="{plain(error)}">can’t be read</div>'
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=82)
-    source = base64.b64encode(buffer.getvalue()).decode()
-    size = f'width="{image.width}" height="{image.height}"'
-    return f'<div class="image"><img src="data:image/jpeg;base64,{source}" {size} alt="{alt}"></div>'
-
-
 def card(path: bytes, label: int, probs: Tensor, classes: list[str]) -> str:
     """One image, its label, and the three likeliest classes."""
     values, guesses = probs.topk(min(3, len(classes)))
@@ -491,30 +410,6 @@ def chosen_note(about: dict, list_name: str) -> str:
         return "<p>This list also chose the epoch that was kept, so its figures flatter a little.</p>"
     known = os.path.basename(str(chosen_on)) != os.path.basename(list_name)  # else it may be the same, from elsewhere
     return f"<p>The epoch was chosen on {plain(chosen_on)}{'; this list had no say in it' if known else ''}.</p>"
-
-
-def page(title: str, header: str, sections: Sequence[tuple[str, str, str]]) -> str:
-    """The document; sections: (name, body, kind)."""
-    body = "".join(f'<section class="{kind}"><h2>{name}</h2>{content}</section>' for name, content, kind in sections)
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<header>{header}</header>\n"
-        f"<main>{body}</main>\n</body>\n</html>\n"
-    )
-
-
-def check_target(path: Path, inputs: Iterable[str | bytes | os.PathLike]) -> None:
-    """Raises UserError where a report can't be written there, or would replace one of the inputs."""
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        why = f"can't write in {shown(path.parent)} ({reason_of(error)})"
-        raise UserError(f"--report {shown(path)}: {why}; name a file in another folder") from None
-    check_outputs("--report", [path], inputs)
 
 
 def save_report(

@@ -42,14 +42,14 @@ from torchvision.transforms.functional import hflip
 from transfer import finetune
 from transfer.backbone import backbone_of, inference_copy
 from transfer.calibration import calibrate, logits_of
-from transfer.checkpoint import about_run, keep_epoch, load_state, replaced_by
+from transfer.checkpoint import about_run, keep_epoch, load_state
 from transfer.console import Help, UserError, fraction, one_line_errors, paste, positive, shown, warn, whole
 from transfer.device import Compute, pick_compute
 from transfer.distributed import from_rank_0, join_ranks, leave_ranks, my_rank
 from transfer.features import Features, extract_features, warn_of_overlap
-from transfer.files import prepare_output, previous_of
+from transfer.files import prepare_output
 from transfer.folds import choose_plan, replay_logits, split_validation
-from transfer.history import History
+from transfer.history import History, print_header
 from transfer.images import ImageError, read_image
 from transfer.lists import ImageList, class_names, read_lists
 from transfer.weights import find_weights
@@ -154,18 +154,6 @@ def build_model(classes: int, state: dict[str, Tensor] | None, seed: int) -> nn.
 # Training
 
 
-def batches_of(
-    features: Features, rows: Tensor, views: int | Tensor, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(features, labels), batch by batch, of rows in their order: of each the same view, or its own of (len(rows),)."""
-    for start in range(0, len(rows), batch_size):
-        batch = slice(start, start + batch_size)
-        yield (
-            features.take(rows[batch], views[batch] if torch.is_tensor(views) else views),
-            features.labels[rows[batch]],
-        )
-
-
 def mean_over(model: nn.Module, total_loss: float, right: int, count: int) -> tuple[float, float]:
     """Loss and accuracy over the samples of all ranks that train the model."""
     totals = torch.tensor([total_loss, right, count], dtype=torch.float64)
@@ -262,7 +250,7 @@ def train_head(
     def train_batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         rows, views = torch.cartesian_prod(train.rows, torch.tensor(plan(epoch, train.views))).T
         order = torch.randperm(len(rows), generator=shuffle)
-        return batches_of(train, rows[order], views[order], batch_size)
+        return train.batches(rows[order], views[order], batch_size)
 
     early = min(epochs, FINETUNE_FROM)
     train_epochs(head, optimizer, plateau, range(1, early + 1), train_batches, val_batches, history, save)
@@ -276,18 +264,7 @@ def score_test(model: nn.Module, test: ImageList, features: Features | None, com
     if features is None:
         backbone = inference_copy(backbone_of(model), compute)
         features = extract_features(backbone, Views(test, [0], seed=0), compute=compute, alone=True)
-    return evaluate(model.fc.cpu(), batches_of(features, features.rows, 0, 1024))[1]
-
-
-def print_header(
-    compute: Compute, origin: str, train: ImageList, test: ImageList, classes: int, chosen_on: str, out: Path
-) -> None:
-    print(f"device    {compute.device}, {compute.precision}")
-    print(f"backbone  ResNet-18, {origin}")
-    print(f"data      {len(train):,} training and {len(test):,} test images of {classes} classes")
-    print(f"best      epoch chosen on {chosen_on}", flush=True)
-    if old := replaced_by(out):
-        print(f"replaces  {old}; kept as {shown(previous_of(out))}", flush=True)
+    return evaluate(model.fc.cpu(), features.batches(features.rows, 0, 1024))[1]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -361,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = about_run(vars(args), names, origin, chosen_on, compute, len(features.rows), len(test))
     save = functools.partial(keep_epoch, args.out, model, about, began)
     history, early, network = History(args.out, "val" if args.val_split else "test"), None, None
-    val_batches = functools.partial(batches_of, val, val.rows, 0, args.batch_size)
+    val_batches = functools.partial(val.batches, val.rows, 0, args.batch_size)
     if my_rank() == 0:  # on the CPU: the head is so small that a device's launch times would cost more
         plan, why = choose_plan(features, PLANS, args.augment, epochs=args.epochs, lr=args.lr, **common)
         print(f"views     {why}", flush=True)

@@ -333,7 +333,7 @@ def train_on(features: object, tests: Sequence, plan: Callable, seed: int) -> tu
     def val_batches() -> Iterator:
         with torch.no_grad():
             others.append([share_right(head, test) for test in tests])
-        return train.batches_of(tests[0], tests[0].rows, 0, 64)
+        return tests[0].batches(tests[0].rows, 0, 64)
 
     options = {"epochs": EPOCHS, "lr": 0.005, "batch_size": 64, "seed": seed, "save": lambda *_: None}
     train.train_head(head, features, plan, val_batches, history=history, **options)

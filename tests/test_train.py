@@ -67,7 +67,7 @@ def test_mean_losses_count_samples_not_batches():
     expected = sum(math.log(1 + math.exp(x)) for x in (0, 1, 3)) / 3
     features = Features([inputs], 3, labels)
     still = torch.optim.SGD(model.parameters(), lr=0.0)
-    batches = lambda: train.batches_of(features, torch.arange(3), 0, 2)  # noqa: E731
+    batches = lambda: features.batches(torch.arange(3), 0, 2)  # noqa: E731
     assert train.train_one_epoch(model, batches(), still, 1) == pytest.approx((expected, 1 / 3))
     assert train.evaluate(model, batches()) == pytest.approx((expected, 1 / 3))
 
@@ -84,7 +84,7 @@ def test_mean_losses_count_samples_not_batches():
 )
 def test_an_epoch_trains_once_on_each_view_of_its_plan(colours, monkeypatch, augment, views, expected):
     used = []
-    original = train.batches_of
+    original = Features.batches
 
     def spy(features, rows, views, batch_size):
         if torch.is_tensor(views):
@@ -93,7 +93,7 @@ def test_an_epoch_trains_once_on_each_view_of_its_plan(colours, monkeypatch, aug
             assert pairs == [(row, view) for row in range(12) for view in used[-1]]
         return original(features, rows, views, batch_size)
 
-    monkeypatch.setattr(train, "batches_of", spy)
+    monkeypatch.setattr(Features, "batches", spy)
     options = ["--weights", "none", "--workers", "0", "--augment", augment, "--views", str(views)]
     train.main(["--epochs", "4", *options])
     assert used == expected

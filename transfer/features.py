@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,12 @@ class Features:
             taken = found.new_empty(len(rows), *found.shape[1:]) if taken is None else taken
             taken[here] = found
         return taken
+
+    def batches(self, rows: Tensor, views: int | Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(features, labels), batch by batch, of rows in their order: of each the same view, or its own, (len(rows),)."""
+        for start in range(0, len(rows), batch_size):
+            batch = slice(start, start + batch_size)
+            yield self.take(rows[batch], views[batch] if torch.is_tensor(views) else views), self.labels[rows[batch]]
 
     def digests(self) -> Tensor:
         """A number for each image that tells it by the bits of its evaluation view: (n,)."""

@@ -131,15 +131,18 @@ def out_of_fold_logits(
     plan: Plan,
     batch_size: int,
     seed: int,
+    kept: Tensor | None = None,
+    sides: int = 1,
 ) -> Tensor:
-    """Logits (N, C) of each image's evaluation view from a head that was trained as the real one was, but without the
-    image's fold.
+    """Logits (N, C) of each image from a head that was trained as the real one was, but without the image's fold.
 
     features: (N, V, D); labels, fold: (N,). plan: the views that an epoch trains on. rates: Adam's
     learning rate in each epoch, as the real head had them up to the epoch that was kept: only then are these logits
-    as large as its own, and a temperature fitted on them fits it.
+    as large as its own, and a temperature fitted on them fits it. kept: the rows that heads may be trained on, (M,);
+    by default all. sides: how many views of an image its logits are the mean of.
     """
     heads, width = int(fold.max()) + 1, features.shape[2]
+    kept = torch.arange(len(labels)) if kept is None else kept
     generator = torch.Generator().manual_seed(seed)
     bound = width**-0.5  # nn.Linear's
     weights = torch.empty(width, heads * classes).uniform_(-bound, bound, generator=generator).requires_grad_()
@@ -150,8 +153,8 @@ def out_of_fold_logits(
     for epoch, rate in enumerate(rates, 1):
         optimizer.param_groups[0]["lr"] = rate
         views = torch.tensor(plan(epoch, features.shape[1]))
-        for batch in torch.randperm(len(labels) * len(views), generator=generator).split(drawn):
-            rows, view = batch // len(views), views[batch % len(views)]
+        for batch in torch.randperm(len(kept) * len(views), generator=generator).split(drawn):
+            rows, view = kept[batch // len(views)], views[batch % len(views)]
             logits = torch.addmm(bias, features[rows, view], weights).view(len(rows) * heads, classes)
             losses = F.cross_entropy(logits, labels[rows].repeat_interleave(heads), reduction="none")
             mine = trained[rows]
@@ -163,7 +166,7 @@ def out_of_fold_logits(
     with torch.no_grad():
         for number in range(heads):
             held, own = fold == number, slice(number * classes, (number + 1) * classes)
-            logits[held] = torch.addmm(bias[own], features[held, 0], weights[:, own])
+            logits[held] = torch.addmm(bias[own], features[held, :sides].mean(1), weights[:, own])
     return logits
 
 
@@ -200,6 +203,24 @@ def split_validation(features: Features, fraction: float, seed: int) -> tuple[Fe
     return features.only(features.rows[~held]), features.only(features.rows[held])
 
 
+class Dealt:
+    """Some images of a list, dealt into folds, near-duplicates together: what heads make of those they never saw.
+
+    table: (n, V, D), features; labels, groups, fold: (n,); known: (n,), whose class lies in other folds too.
+    """
+
+    def __init__(self, features: Features, rows: Tensor, seed: int):
+        self.table, self.labels, self.seed = features.take(rows, slice(None)), features.labels[rows], seed
+        self.groups = near_duplicates(self.table[:, 0], self.labels)
+        self.fold = draw_folds(self.labels, self.groups, seed=seed)
+        self.known = learnable(self.labels, self.fold)
+
+    def logits(self, plan: Plan, rates: Sequence[float], batch_size: int) -> Tensor:
+        """Out of fold, of all n images: (n, C)."""
+        how = {"plan": plan, "batch_size": batch_size, "seed": self.seed}
+        return out_of_fold_logits(self.table, self.labels, self.fold, int(self.labels.max()) + 1, rates, **how)
+
+
 def choose_plan(
     features: Features,
     plans: dict[str, Plan],
@@ -226,18 +247,15 @@ def choose_plan(
     order = torch.randperm(len(features.rows), generator=torch.Generator().manual_seed(seed))
     rows = features.rows[order[: WORK // classes].sort().values]
     part = f" of {len(rows):,} images" if len(rows) < len(features.rows) else ""
-    table, labels = features.take(rows, slice(None)), features.labels[rows]
-    groups = near_duplicates(table[:, 0], labels)
-    fold = draw_folds(labels, groups, seed=seed)
-    known = learnable(labels, fold)
+    images = Dealt(features, rows, seed)
+    labels, known = images.labels, images.known
     if (part and len(rows) < FEW * classes) or not known.any():
         return plans[first], f"{first} (too few images of a class to compare it with {second})"
-    how = {"rates": [lr] * min(epochs, MOST_EPOCHS), "batch_size": batch_size, "seed": seed}
-    right = []
-    for plan in plans.values():
-        logits = out_of_fold_logits(table, labels, fold, classes, plan=plan, **how)
-        right.append((logits.argmax(1) == labels)[known].double())
-    gains = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add_(0, groups[known], right[1] - right[0])
+    rates = [lr] * min(epochs, MOST_EPOCHS)
+    logits = [images.logits(plan, rates, batch_size) for plan in plans.values()]
+    right = [(each.argmax(1) == labels)[known].double() for each in logits]
+    gains = torch.zeros(int(images.groups.max()) + 1, dtype=torch.float64)
+    gains.index_add_(0, images.groups[known], right[1] - right[0])
     chosen = second if gains.sum() > CLEARLY * gains.square().sum().sqrt() else first
     figures = [f"{name} {share.mean():.1%}" for name, share in zip(plans, right, strict=True)]
     return plans[chosen], f"{chosen} ({', '.join(figures)} right out of fold{part})"
@@ -249,13 +267,8 @@ def replay_logits(
     """Logits and labels out of fold of the images that a head was trained on, at these rates; none where they are too
     many to have in seconds, or too few.
     """
-    labels = features.labels[features.rows]
-    classes = int(labels.max()) + 1
-    if len(labels) * classes > WORK:
+    if len(features.rows) * (int(features.labels[features.rows].max()) + 1) > WORK:
         return []
-    table = features.take(features.rows, slice(None))
-    fold = draw_folds(labels, near_duplicates(table[:, 0], labels), seed=seed)
-    known = learnable(labels, fold)
-    how = {"plan": plan, "batch_size": batch_size, "seed": seed}
-    logits = out_of_fold_logits(table, labels, fold, classes, rates, **how)
-    return [(logits[known], labels[known])] if known.any() else []
+    images = Dealt(features, features.rows, seed)
+    logits, known = images.logits(plan, rates, batch_size), images.known
+    return [(logits[known], images.labels[known])] if known.any() else []

@@ -1,12 +1,27 @@
-"""History: the epochs' figures, a line each on stdout and a row each in the CSV beside the checkpoint."""
+"""What a run says of itself: its header, then the epochs' figures, a line each on stdout and a row each in the CSV."""
 
 import csv
 import io
 import math
 from pathlib import Path
 
+from transfer.checkpoint import replaced_by
+from transfer.console import shown
+from transfer.device import Compute
 from transfer.distributed import my_rank
-from transfer.files import save_atomically
+from transfer.files import previous_of, save_atomically
+from transfer.lists import ImageList
+
+
+def print_header(
+    compute: Compute, origin: str, train: ImageList, test: ImageList, classes: int, chosen_on: str, out: Path
+) -> None:
+    print(f"device    {compute.device}, {compute.precision}")
+    print(f"backbone  ResNet-18, {origin}")
+    print(f"data      {len(train):,} training and {len(test):,} test images of {classes} classes")
+    print(f"best      epoch chosen on {chosen_on}", flush=True)
+    if old := replaced_by(out):
+        print(f"replaces  {old}; kept as {shown(previous_of(out))}", flush=True)
 
 
 class History:

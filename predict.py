@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from transfer.report import save_report
 
         history = f"{os.path.splitext(args.model)[0]}.csv"
-        check_target("--report", args.report, [*args.images, args.model, history, *listed.paths()])
+        check_target("--report", [args.report], [*args.images, args.model, history, *listed.paths()])
     classifier = load(args.model, args.device, args.workers, args.mirror)
     classes = classifier.classes
     if labelled and int(listed.labels.max()) >= len(classes):

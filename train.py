@@ -40,18 +40,21 @@ from torchvision.models import resnet18
 from torchvision.transforms.functional import hflip
 
 from transfer import finetune
+from transfer.audit import audit_lists
+from transfer.audit_page import outputs_beside, save_audit
 from transfer.backbone import backbone_of, inference_copy
-from transfer.calibration import calibrate, logits_of
+from transfer.calibration import ENOUGH, calibrate, logits_of
 from transfer.checkpoint import about_run, keep_epoch, load_state
 from transfer.console import Help, UserError, fraction, one_line_errors, paste, positive, shown, warn, whole
 from transfer.device import Compute, pick_compute
 from transfer.distributed import from_rank_0, join_ranks, leave_ranks, my_rank
 from transfer.features import Features, extract_features, warn_of_overlap
-from transfer.files import prepare_output
+from transfer.files import outputs_of, prepare_output
 from transfer.folds import choose_plan, replay_logits, split_validation
 from transfer.history import History, print_header
 from transfer.images import ImageError, read_image
 from transfer.lists import ImageList, class_names, read_lists
+from transfer.page import check_target
 from transfer.weights import find_weights
 
 FINETUNE_FROM = 5  # epochs of the head: a later one knows its images by heart, and the stages learn less from it
@@ -259,12 +262,12 @@ def train_head(
     return start
 
 
-def score_test(model: nn.Module, test: ImageList, features: Features | None, compute: Compute) -> float:
-    """The model's accuracy on the test list, from features where its backbone is still the frozen one."""
+def judge_test(model: nn.Module, test: ImageList, features: Features | None, compute: Compute) -> tuple[Tensor, Tensor]:
+    """The model's logits (N, C) on the test list, and its labels; from features where its backbone is still frozen."""
     if features is None:
         backbone = inference_copy(backbone_of(model), compute)
         features = extract_features(backbone, Views(test, [0], seed=0), compute=compute, alone=True)
-    return evaluate(model.fc.cpu(), features.batches(features.rows, 0, 1024))[1]
+    return logits_of(model.fc.cpu(), features.batches(features.rows, 0, 1024))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -299,6 +302,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--view-seed", type=whole(0), metavar="N", help="of views and split alone (default: --seed)")
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, default="best.pth", metavar="FILE", help="checkpoint; a .csv is put beside it")
+    add("--audit", type=Path, metavar="FILE", help="page of wrong labels, copies and outliers; a .csv is put beside it")
     return parser.parse_args(argv)
 
 
@@ -315,6 +319,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--val-split: {train.name} has one image of each class, none to spare; leave it out")
     inputs = [path for path in (args.train, args.test, args.classes, args.weights) if path]
     prepare_output(args.out, args.cache, itertools.chain(inputs, train.each_path(), test.each_path()))
+    if args.audit:
+        read = itertools.chain(inputs, train.each_path(), test.each_path())
+        check_target("--audit", outputs_beside(args.audit), read, outputs_of(args.out))
     join_ranks()
     weights, origin, caveats = find_weights(args.weights)  # one rank a machine downloads them
     warn(*caveats)
@@ -329,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     view_seed = args.seed if args.view_seed is None else args.view_seed
     views = range(min(args.views, 2) if args.augment == "mirror" else args.views)
     test_features = val = extract(Views(test, [0], view_seed))
-    features = extract(Views(train, views, view_seed), tolerated=max(1, len(train) // 100))
+    features = listed = extract(Views(train, views, view_seed), tolerated=max(1, len(train) // 100))
     if my_rank() == 0:
         warn_of_overlap(train, test, features, test_features)
     if args.val_split:
@@ -356,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if my_rank() == 0:
         model.load_state_dict(load_state(args.out)[0])
-        told = [logits_of(network or model.fc.cpu(), val_batches())]
+        told = [logits_of(network or model.fc.cpu(), val_batches(), ENOUGH)]
         if args.val_split and network is None:  # its images are few to fit a number on, and training has more
             told += replay_logits(features, plan, history.rates(), **common)
         temperature = calibrate(model.fc, told)
@@ -365,10 +372,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"saved     {shown(args.out)} and {shown(history.path)} in {time.perf_counter() - began:.1f} s")
         best = f"{history.best_accuracy:.2%}, epoch {history.best_epoch}"
         print(f"best      {history.chooser} accuracy {best} ({chosen_on})")
+        if args.val_split or args.audit:
+            logits, labels = judge_test(model, test, None if network else test_features, compute)
         if args.val_split:
-            accuracy = score_test(model, test, None if network else test_features, compute)
-            print(f"test      accuracy {accuracy:.2%}, scored once")
+            print(f"test      accuracy {(logits.argmax(1) == labels).double().mean():.2%}, scored once")
+        if args.audit:
+            sides = (Views(train, [0], view_seed), listed), (Views(test, [0], view_seed), test_features)
+            found = audit_lists(*sides, logits, epochs=args.epochs, lr=args.lr, compute=compute, **common)
+            print(f"audit     {save_audit(args.audit, found, names, args.out)}")
         print(f"next      {paste('predict.py', args.test, args.out, args.root)}")
+        if not args.audit:
+            print("          or again with --audit audit.html: labels that look wrong, copies, outliers")
     leave_ranks()
 
 

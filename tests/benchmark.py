@@ -3,6 +3,7 @@
     python tests/benchmark.py                        # all rows but the next two: about a quarter of an hour on 2 cores
     python tests/benchmark.py --only accuracy gain   # 3 seeds of 20 plain epochs each: about half an hour
     python tests/benchmark.py views                  # what the head should train on: a table of its own
+    python tests/benchmark.py labels                 # how well an audit finds wrong labels: another
 
 What is compared alternates within one run; medians are quoted. The plain loop runs --plain-epochs epochs and is
 scaled to 20, since its epochs cost the same.
@@ -421,6 +422,114 @@ def compare_views() -> None:
     print(f"Predicting from both sides: {gains[0]:+.1f} points on the sample, {gains[1]:+.1f} swapped (last epoch).")
 
 
+def other_photos(folder: Path, count: int) -> list:
+    """Lists of so many training photos and a tenth of test photos, all different: parts of the sample's, recoloured."""
+    import torch
+    from PIL import Image
+    from torchvision import transforms as T
+
+    torch.manual_seed(0)
+    change = T.Compose([T.RandomResizedCrop((261, 348), scale=(0.3, 0.6)), T.ColorJitter(0.4, 0.4, 0.4, 0.1)])
+    options = []
+    for name, most in (("train", count), ("test", count // 10)):
+        lines = (ROOT / f"{name}.txt").read_text().split("\n")[:-1]
+        (folder / name).mkdir()
+        with open(folder / f"{name}.txt", "w") as file:
+            for n in range(most):
+                path, label = lines[n % len(lines)].split()
+                change(Image.open(ROOT / path).convert("RGB")).save(folder / name / f"{n}.jpg", quality=90)
+                file.write(f"{name}/{n}.jpg {label}\n")
+        options += [f"--{name}", folder / f"{name}.txt"]
+    return options
+
+
+def audit_seconds(folder: Path, repeats: int, *more: object) -> tuple[float, float]:
+    """Median seconds of a job without an audit, and of what an audit adds to it, in turn."""
+    plain, added = [], []
+    for _ in range(repeats):
+        plain.append(run(*train_command(folder / "o.pth", *more), cwd=folder)[0])
+        added.append(run(*train_command(folder / "o.pth", *more, "--audit", "o.html"), cwd=folder)[0] - plain[-1])
+    return statistics.median(plain), statistics.median(added)
+
+
+def row_audit(folder: Path, args) -> tuple:
+    (folder / "food").symlink_to(ROOT / "food", target_is_directory=True)
+    plain, added = audit_seconds(folder, args.repeats, "--train", ROOT / "train.txt", "--test", ROOT / "test.txt")
+    return f"{plain:.1f} s and {added:.1f} s more", added, "<=", 5, "s"
+
+
+def row_audit_larger(folder: Path, args) -> tuple:
+    plain, added = audit_seconds(folder, 1, *other_photos(folder, 5000))
+    return f"{plain:.0f} s and {added:.1f} s more", 100 * added / plain, "<=", 25, "%"
+
+
+def row_audit_memory(folder: Path, args) -> tuple:
+    lists = other_photos(folder, 2000)
+    more = peak_memory(*train_command(folder / "o.pth", *lists, "--audit", "o.html"), cwd=folder)
+    job = peak_memory(*train_command(folder / "o.pth", *lists), cwd=folder)
+    return f"{more:.0f} - {job:.0f} MB, 2,200 images", more - job, "<=", 300, "MB"
+
+
+def row_nearest(folder: Path, args) -> tuple:
+    seconds = run_json("nearest", 20_000)["seconds"]
+    return f"{seconds:.1f} s of 20,000, times 25", 25 * seconds / 60, "<=", 10, "minutes"
+
+
+def find_nearest(count: str) -> None:
+    """Seconds to find the 8 nearest neighbours of so many images, by evaluation view and mirror image."""
+    import torch
+
+    from transfer.neighbours import nearest
+
+    table = torch.randn(int(count), 2, 512)
+    began = time.perf_counter()
+    nearest(table[:, 0], table, itself=True)
+    print(json.dumps({"seconds": time.perf_counter() - began}))
+
+
+def compare_labels() -> None:
+    """How well swapped labels of the sample are found: ours against cleanlab's ranking of scikit-learn's probabilities."""
+    import torch
+    from cleanlab.rank import get_label_quality_scores
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import average_precision_score
+    from sklearn.model_selection import cross_val_predict
+
+    from transfer.suspects import judge_out_of_fold
+
+    lists = both_lists(range(2))
+    print("| swapped | ours: average precision | suspects that are wrong | time | cleanlab on scikit-learn's | time |")
+    print("|---|---|---|---|---|---|")
+    for name in ("train", "test"):
+        features = lists[name]
+        table, labels = features.take(features.rows, slice(2)), features.labels
+        for share in (0.05, 0.1):
+            found = {"ours": [], "precision": [], "theirs": [], "our time": [], "their time": []}
+            for seed in range(8):
+                generator = torch.Generator().manual_seed(seed)
+                count, changed = round(share * len(labels)), labels.clone()
+                rows = torch.randperm(len(labels), generator=generator)[:count]
+                changed[rows] = (labels[rows] + torch.randint(1, 20, (count,), generator=generator)) % 20
+                wrong, began = changed != labels, time.perf_counter()
+                ours = judge_out_of_fold(table, changed, torch.arange(len(labels)), 20, [0.005] * EPOCHS, 64)
+                found["our time"].append(time.perf_counter() - began)
+                found["ours"].append(average_precision_score(wrong, -ours.confidence))
+                found["precision"].append(float(wrong[ours.suspects].double().mean()))
+                began = time.perf_counter()
+                model = LogisticRegression(max_iter=3000)
+                probs = cross_val_predict(model, table[:, 0].numpy(), changed.numpy(), cv=5, method="predict_proba")
+                scores = get_label_quality_scores(changed.numpy(), probs, method="self_confidence")
+                found["their time"].append(time.perf_counter() - began)
+                found["theirs"].append(average_precision_score(wrong, -scores))
+            mean = {key: statistics.mean(values) for key, values in found.items()}
+            spread = {key: statistics.stdev(values) for key, values in found.items()}
+            print(
+                f"| {share:.0%} of {name}.txt | {mean['ours']:.2f} ± {spread['ours']:.2f} | {mean['precision']:.0%} | "
+                f"{mean['our time']:.1f} s | {mean['theirs']:.2f} ± {spread['theirs']:.2f} | {mean['their time']:.1f} s |",
+                flush=True,
+            )
+
+
 def row_one_photo(folder: Path, args) -> tuple:
     run(*train_command(folder / "o.pth", "--epochs", 1))
     photo, alone = [], []
@@ -452,9 +561,9 @@ def row_growth(folder: Path, args) -> tuple:
     return f"{seconds[1]:.1f} / {seconds[0]:.1f} s", seconds[1] / seconds[0], "<=", 4.1, ""
 
 
-def peak_memory(*command: object) -> float:
+def peak_memory(*command: object, cwd: Path = ROOT) -> float:
     """MB of a process and its children at their largest together: shared pages count once (Linux's Pss)."""
-    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([str(part) for part in command], cwd=cwd, stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
         total = 0
@@ -516,11 +625,15 @@ ROWS = {
     "folder": ("predict.py, a folder / backbone", row_folder),
     "growth": ("time for 4n images / for n, after start-up", row_growth),
     "memory": ("peak memory - that of importing torch", row_memory),
+    "audit": ("the main job, and what --audit adds", row_audit),
+    "audit5000": ("the same, 5,000 + 500 images", row_audit_larger),
+    "audit-memory": ("peak memory with --audit - without", row_audit_memory),
+    "nearest": ("nearest neighbours of 100,000 images", row_nearest),
     "list": ("a list of 1,000,000 lines, parsed and checked", row_list),
 }
 
 
-SLOW = ("accuracy", "gain", "ece", "ece-split", "ece-tuned")
+SLOW = ("accuracy", "gain", "ece", "ece-split", "ece-tuned", "audit5000")
 
 
 def describe_machine() -> str:
@@ -565,6 +678,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     inner = {"plain": plain_loop, "pass": pass_rates, "list": parse_list, "views": compare_views}
+    inner |= {"labels": compare_labels, "nearest": find_nearest}
     if sys.argv[1:2] and sys.argv[1] in inner:
         inner[sys.argv[1]](*sys.argv[2:])
     else:

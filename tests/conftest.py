@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browsing import browser  # noqa: F401
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -23,11 +24,14 @@ sys.path.insert(0, str(ROOT))
 
 import predict  # noqa: E402
 import train  # noqa: E402
-from transfer.device import Compute  # noqa: E402
+from transfer.backbone import backbone_of, inference_copy  # noqa: E402
+from transfer.checkpoint import load_backbone  # noqa: E402
+from transfer.device import Compute, pick_compute  # noqa: E402
 from transfer.features import extract_features  # noqa: E402
 from transfer.images import read_image  # noqa: E402
 from transfer.lists import read_list  # noqa: E402
 
+BUNDLED = ROOT / "food" / "resnet18-grocery.pth"
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
 
 
@@ -132,6 +136,21 @@ def sample_run(sample_job):
 
 
 @pytest.fixture(scope="session")
+def sample(sample_run):
+    """Features of the sample's training list, evaluation view and mirror image, and of its test list."""
+    compute = pick_compute("cpu", "auto", None)
+    backbone = inference_copy(backbone_of(train.build_model(20, load_backbone(BUNDLED), 0)), compute)
+    lists = {name: read_list(ROOT / f"{name}.txt", ROOT)[0] for name in ("train", "test")}
+    views, cache = {"train": range(4), "test": [0]}, sample_run[1].parent / "kept"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # whose paths the kept features are of
+        return {
+            name: extract_features(backbone, train.Views(listed, views[name], 0), compute=compute, cache=cache)
+            for name, listed in lists.items()
+        }
+
+
+@pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
     """A float32 checkpoint trained for two epochs on solid colours with the bundled backbone, and its folder."""
     folder = tmp_path_factory.mktemp("small")
@@ -143,7 +162,6 @@ def small_run(tmp_path_factory):
     return folder
 
 
-BUNDLED = ROOT / "food" / "resnet18-grocery.pth"
 PLAIN = ("--weights", "none", "--workers", 0, "--epochs", 1)
 
 

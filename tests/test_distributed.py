@@ -81,12 +81,14 @@ def test_two_ranks_one_of_which_dies_once_give_the_features_and_the_head_of_one_
     Path("train.txt").write_text("\n".join(lines[:-1]))  # 11 images, of which 3 are for the validation
     Path("die.py").write_text(DIE)
     options = ("--epochs", 3, "--views", 2, "--batch-size", 4, "--val-split", 0.25)
-    out = go(*options, "--cache", "one")
-    expected, rows = weights_of(), rows_of()
+    audit = ("--audit", "look.html")
+    out = go(*options, *audit, "--cache", "one")
+    expected, rows, findings = weights_of(), rows_of(), Path("look.csv").read_text()
     os.unlink("best.pth")
-    done = torchrun("die.py", "--weights", "none", "--workers", 0, *options, "--cache", "two", restarts=1)
+    done = torchrun("die.py", "--weights", "none", "--workers", 0, *options, *audit, "--cache", "two", restarts=1)
     assert done.returncode == 0, done.stderr
     assert same(expected, weights_of()) and rows == rows_of() and feature_rows("one") == feature_rows("two")
+    assert Path("look.csv").read_text() == findings
     assert len(chunks_in("two")) == 2 * 2 + (1 + 1) + 2 * 3  # of both ranks: 8 training, 3 validation, 12 test images
     # Rank 1 had kept 4 of its 6 test images; of validation and training list it has one and four.
     decoded = Path("decoded1").read_text().splitlines()

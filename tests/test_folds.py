@@ -4,16 +4,12 @@ import time
 
 import pytest
 import torch
-from conftest import BUNDLED, ROOT
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import train
-from transfer.backbone import backbone_of, inference_copy
-from transfer.checkpoint import load_backbone
 from transfer.console import UserError
-from transfer.device import pick_compute
-from transfer.features import Features, extract_features
+from transfer.features import Features
 from transfer.folds import (
     choose_plan,
     draw_folds,
@@ -24,24 +20,8 @@ from transfer.folds import (
     replay_logits,
     split_validation,
 )
-from transfer.lists import read_list
 
 HOW = {"plan": train.mirror_plan, "batch_size": 64, "seed": 0}
-
-
-@pytest.fixture(scope="module")
-def sample(sample_run):
-    """Features of the sample's training list, evaluation view and mirror image, and of its test list."""
-    compute = pick_compute("cpu", "auto", None)
-    backbone = inference_copy(backbone_of(train.build_model(20, load_backbone(BUNDLED), 0)), compute)
-    lists = {name: read_list(ROOT / f"{name}.txt", ROOT)[0] for name in ("train", "test")}
-    views, cache = {"train": range(4), "test": [0]}, sample_run[1].parent / "kept"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)  # whose paths the kept features are of
-        return {
-            name: extract_features(backbone, train.Views(listed, views[name], 0), compute=compute, cache=cache)
-            for name, listed in lists.items()
-        }
 
 
 def scenes(classes=6, per_class=8, copies=3, width=64, seed=0):

@@ -1,28 +1,19 @@
 """The report: its figures are the scores', hostile names are text, nothing is fetched, a browser shows it well."""
 
 import html
-import json
 import math
-import os
 import re
-import shutil
-import socket
-import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections import Counter
-from html.parser import HTMLParser
 
 import pytest
 import torch
+from browsing import HOSTILE, Page, ask, complaints, fetched, show
 from PIL import Image
 
 from transfer import report
 from transfer.console import UserError, shown
 from transfer.scores import Scores
 
-HOSTILE = "<img src=x onerror=alert(1)>\"'&</title><script>alert(2)</script>\x1b[31m\u202e"
 CURVES = [
     {
         "epoch": str(epoch),
@@ -35,11 +26,6 @@ CURVES = [
     }
     for epoch in range(1, 9)
 ]
-CHROMIUM = [shutil.which(name) for name in ("chromium", "chromedriver")]
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 
 
 def scores_of(labels, probs):
@@ -94,21 +80,6 @@ def matrix_names(page, kind):
     drawn = re.search(rf'<svg [^>]*class="{kind}"[^>]*font-size:([\d.]+)px.*?</svg>', page, re.S)
     places = re.findall(r'<text [^>]*?x="([\d.]+)" y="([\d.]+)"', drawn[0])
     return [(float(x), float(y)) for x, y in places], float(drawn[1])
-
-
-class Page(HTMLParser):
-    """Every tag of a page with its attributes, and all its text."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.text = [], ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
 
 
 # Figures
@@ -327,45 +298,6 @@ def test_a_report_of_two_hundred_classes_is_no_giant(tmp_path):
 # In a browser
 
 
-def call(method, url, body=None):
-    content = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, content, {"Content-Type": "application/json"}, method=method)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=20) as answer:
-        return json.load(answer)["value"]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """The address of a WebDriver session in headless Chromium."""
-    if not all(CHROMIUM):
-        assert not os.environ.get("CI"), "CI looks at the report in a browser: install chromium and chromium-driver"
-        pytest.skip("no chromium or chromedriver on the PATH: the report is not looked at in a browser")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    driver = subprocess.Popen([CHROMIUM[1], f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    options = {"args": [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"], "binary": CHROMIUM[0]}
-    wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
-    base, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 10
-    try:
-        while True:
-            try:
-                call("GET", f"{base}/status")
-                break
-            except urllib.error.URLError:
-                assert time.monotonic() < deadline, "chromedriver does not answer"
-                time.sleep(0.05)
-        address = (
-            f"{base}/session/" + call("POST", f"{base}/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
-        )
-        yield address
-        call("DELETE", address)
-    finally:
-        driver.terminate()
-        driver.wait(10)
-
-
 @pytest.mark.parametrize("width", [390, 1440])
 @pytest.mark.parametrize("classes", [20, 200])
 def test_a_browser_shows_it_without_errors_requests_or_sideways_scrolling(tmp_path, browser, width, classes):
@@ -374,13 +306,9 @@ def test_a_browser_shows_it_without_errors_requests_or_sideways_scrolling(tmp_pa
     given["paths"] = [bytes(tmp_path / "red.png")] + [b"x" * 200 + HOSTILE.encode()] * (5 * classes - 1)
     given["model"] = "a_model_with_a_very_long_name_indeed" * 3 + ".pth"
     written(tmp_path, given)
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    call("POST", f"{browser}/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": metrics})
-    for kind in ("browser", "performance"):
-        call("POST", f"{browser}/se/log", {"type": kind})  # what came before does not count
-    call("POST", f"{browser}/url", {"url": (tmp_path / "report.html").as_uri()})
+    show(browser, tmp_path / "report.html", width)
     look = "return [document.documentElement.scrollWidth, innerWidth, document.getElementById('accuracy').textContent]"
-    wide, window, accuracy = call("POST", f"{browser}/execute/sync", {"script": look, "args": []})
+    wide, window, accuracy = ask(browser, look)
     assert window == width and wide <= window
     assert accuracy == f"{given['scores'].accuracy:.2%}"
     look = """return ['rows', 'columns'].flatMap(side => {
@@ -389,8 +317,6 @@ def test_a_browser_shows_it_without_errors_requests_or_sideways_scrolling(tmp_pa
             const name = text.getBoundingClientRect()
             return name.left < box.left || name.top < box.top || name.right > box.right || name.bottom > box.bottom
         }).map(text => side + ' ' + text.textContent)})"""
-    assert call("POST", f"{browser}/execute/sync", {"script": look, "args": []}) == []  # names cut off
-    assert call("POST", f"{browser}/se/log", {"type": "browser"}) == []
-    events = [json.loads(e["message"])["message"] for e in call("POST", f"{browser}/se/log", {"type": "performance"})]
-    sent = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    assert [url for url in sent if not url.startswith("data:")] == [(tmp_path / "report.html").as_uri()]
+    assert ask(browser, look) == []  # names cut off
+    assert complaints(browser) == []
+    assert fetched(browser) == [(tmp_path / "report.html").as_uri()]

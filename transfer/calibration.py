@@ -26,14 +26,16 @@ def calibration(labels: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor, 
 
 
 @torch.inference_mode()
-def logits_of(module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """What a module says of batches of (inputs, labels): logits (N, C) and labels (N,), of the first 50,000 images."""
+def logits_of(
+    module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], most: float = math.inf
+) -> tuple[Tensor, Tensor]:
+    """What a module says of batches of (inputs, labels): logits (N, C) and labels (N,), until there are so many."""
     logits, labels, count = [], [], 0
     for inputs, known in batches:
         logits.append(module(inputs).float().cpu())
         labels.append(known.cpu())
         count += len(known)
-        if count >= ENOUGH:
+        if count >= most:
             break
     return torch.cat(logits), torch.cat(labels)
 

@@ -57,7 +57,7 @@ class Features:
         return taken
 
     def batches(self, rows: Tensor, views: int | Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(features, labels), batch by batch, of rows in their order: of each the same view, or its own, (len(rows),)."""
+        """(features, labels), batch by batch, of rows in their order: of each one view, or its own, (len(rows),)."""
         for start in range(0, len(rows), batch_size):
             batch = slice(start, start + batch_size)
             yield self.take(rows[batch], views[batch] if torch.is_tensor(views) else views), self.labels[rows[batch]]

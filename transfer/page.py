@@ -129,12 +129,21 @@ def page(title: str, header: str, sections: Sequence[tuple[str, str, str]]) -> s
     )
 
 
-def check_target(flag: str, path: Path, inputs: Iterable[str | bytes | os.PathLike]) -> None:
-    """Raises UserError where a page can't be written there, or would replace one of the inputs."""
+def check_target(
+    flag: str, outputs: Sequence[Path], inputs: Iterable[str | bytes | os.PathLike], others: Sequence[Path] = ()
+) -> None:
+    """Raises UserError where a page, and what lies beside it, can't be written, would replace one of the inputs, or one
+    of the run's other outputs.
+    """
+    page = outputs[0]
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=page.parent):
             pass
     except OSError as error:
-        why = f"can't write in {shown(path.parent)} ({reason_of(error)})"
-        raise UserError(f"{flag} {shown(path)}: {why}; name a file in another folder") from None
-    check_outputs(flag, [path], inputs)
+        why = f"can't write in {shown(page.parent)} ({reason_of(error)})"
+        raise UserError(f"{flag} {shown(page)}: {why}; name a file in another folder") from None
+    written = {other.resolve() for other in others}
+    for number, path in enumerate(outputs):
+        if path.resolve() in written or path in outputs[:number]:
+            raise UserError(f"{flag} {shown(page)}: {shown(path)} is written by this run already; name another file")
+    check_outputs(flag, outputs, inputs)

@@ -1,0 +1,298 @@
+"""The audit: faults put into the sample are found, and what is no fault is not; a run writes what it found."""
+
+import csv
+import io
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BUNDLED, ROOT, go, run_main
+from PIL import Image, ImageDraw
+from sklearn.metrics import roc_auc_score
+from test_neighbours import COPIES
+
+import train
+from transfer.audit import Curve, Part, audit_lists, learning_curve, outlier_scores
+from transfer.backbone import backbone_of, inference_copy
+from transfer.checkpoint import load_backbone
+from transfer.device import pick_compute
+from transfer.features import Features, extract_features
+from transfer.folds import Dealt
+from transfer.images import read_image
+from transfer.lists import ImageList, read_list
+
+COMPUTE = pick_compute("cpu", "auto", None)
+HOW = {"epochs": 20, "lr": 0.005, "batch_size": 64, "seed": 0, "compute": COMPUTE}
+RANDOM = np.random.default_rng(0)
+
+
+def gradient():
+    ends = RANDOM.integers(0, 256, (2, 1, 1, 3))
+    ramp = np.linspace(0, 1, 348)[None, :, None]
+    return Image.fromarray(np.broadcast_to(ends[0] + (ends[1] - ends[0]) * ramp, (261, 348, 3)).astype(np.uint8))
+
+
+def text():
+    page = Image.new("RGB", (348, 261), "white")
+    for y in range(0, 261, 14):
+        line = "".join(RANDOM.choice(list("the quick brown fox jumps over"), 55))
+        ImageDraw.Draw(page).text((4, y), line, fill="black")
+    return page
+
+
+def noise():
+    return Image.fromarray(RANDOM.integers(0, 256, (261, 348, 3), dtype=np.uint8))
+
+
+OUTSIDERS = {"gradients": gradient, "text": text, "noise": noise}
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return inference_copy(backbone_of(train.build_model(20, load_backbone(BUNDLED), 0)), COMPUTE)
+
+
+def joined(listed, features, paths, labels, backbone, views=2):
+    """A list and its features with more images behind: (a `train.Views` of the evaluation view, features)."""
+    more = ImageList(listed.name, paths, labels, range(len(listed) + 1, len(listed) + len(paths) + 1))
+    found = extract_features(backbone, train.Views(more, range(views), 0), compute=COMPUTE)
+    both = ImageList(
+        listed.name,
+        [*listed.paths(), *paths],
+        [*listed.labels.tolist(), *labels],
+        [*listed.lines.tolist(), *more.lines.tolist()],
+    )
+    table = torch.cat([features.take(features.rows, slice(views)), found.take(found.rows, slice(views))])
+    return train.Views(both, [0], 0), Features([table], len(table), both.labels)
+
+
+def lists():
+    return [read_list(ROOT / f"{name}.txt", ROOT)[0] for name in ("train", "test")]
+
+
+def head_on(train_features, test_features):
+    """Logits of the test list from a head that was trained as the recipe's is."""
+
+    class Silent:
+        best_accuracy = 1.0
+
+        def add(self, *_):
+            pass
+
+    head = train.build_model(20, None, 0).fc
+    how = {"epochs": 20, "lr": 0.005, "batch_size": 64, "seed": 0, "history": Silent(), "save": None}
+    val = lambda: test_features.batches(test_features.rows, 0, 64)  # noqa: E731
+    train.train_head(head, train_features, train.mirror_plan, val, **how)
+    with torch.no_grad():
+        return head(test_features.take(test_features.rows, 0))
+
+
+@pytest.fixture(scope="module")
+def clean(sample):
+    """The audit of the sample as it is."""
+    sides = [(train.Views(listed, [0], 0), sample[listed.name.split("/")[-1][:-4]]) for listed in lists()]
+    return audit_lists(*sides, head_on(sample["train"], sample["test"]), **HOW)
+
+
+@pytest.fixture(scope="module")
+def faulty(sample, backbone, tmp_path_factory):
+    """The audit of the sample with 20 copies and 5 photos of something else; what was put in: kind by path."""
+    folder, faults = tmp_path_factory.mktemp("faults"), {}
+    chosen = torch.randperm(475, generator=torch.Generator().manual_seed(0))[:20].tolist()
+    changes = [COPIES[name] for name in ("half the size", "quality 40", "5% cropped", "mirrored")]
+    paths, labels = {"train": [], "test": []}, {"train": [], "test": []}
+    listed, tested = lists()
+
+    def put(name, image, label, kind, where):
+        image.save(folder / name)
+        paths[where].append(bytes(folder / name))
+        labels[where].append(label)
+        faults[bytes(folder / name)] = kind
+
+    for number, row in enumerate(chosen):
+        kind = ("duplicate", "conflict", "leak")[number // 4 % 3]
+        label = (int(listed.labels[row]) + 5 * (kind == "conflict")) % 20
+        image = changes[number % 4](read_image(listed.path(row)))
+        put(f"copy_{number}.jpg", image, label, kind, "test" if kind == "leak" else "train")
+    for number in range(5):
+        make = list(OUTSIDERS.values())[number % 3]
+        put(f"other_{number}.png", make(), number, "outlier", "train")
+    sides = (
+        joined(listed, sample["train"], paths["train"], labels["train"], backbone),
+        joined(tested, sample["test"], paths["test"], labels["test"], backbone, views=1),
+    )
+    logits = head_on(sides[0][1], sides[1][1])
+    return audit_lists(*sides, logits, **HOW), faults
+
+
+def test_nothing_in_the_sample_is_a_copy_and_little_looks_wrong(clean):
+    assert not [finding for kind in ("duplicate", "conflict", "leak") for finding in clean.of_kind(kind)]
+    assert len(clean.of_kind("label")) <= 4 and len(clean.of_kind("outlier")) <= 8
+
+
+def test_copies_are_found_by_their_kind_and_nothing_else_is(faulty):
+    audit, faults = faulty
+    found = {f.path: f.kind for kind in ("duplicate", "conflict", "leak") for f in audit.of_kind(kind)}
+    put = {path: kind for path, kind in faults.items() if kind != "outlier"}
+    # A conflict may be told of the original instead, where the model doubts that one more.
+    told = {f.path: f.other_path for f in audit.of_kind("conflict")}
+    right = [path for path, kind in put.items() if found.get(path) == kind or path in told.values()]
+    false = [path for path in found if path not in put and told.get(path) not in put]
+    assert len(put) == 20 and len(right) >= 18 and len(false) <= 2
+    sure = [f for f in audit.of_kind("conflict") if f.path in put]
+    assert len(sure) >= len(audit.of_kind("conflict")) - 1
+    assert all(f.suggestion == int(f.other[0].labels[f.other[1]]) for f in sure)
+
+
+def test_a_copy_names_its_original_with_list_and_line(faulty):
+    audit, faults = faulty
+    for finding in audit.of_kind("leak"):
+        original = finding.other[0]
+        assert finding.part is audit.test and original is audit.train
+        number = int(re.search(rb"copy_(\d+)", finding.path)[1])
+        row = torch.randperm(475, generator=torch.Generator().manual_seed(0))[number]
+        assert finding.other_path == original.listed.path(int(row))
+    assert all(finding.score >= 0.955 for finding in audit.of_kind("leak"))
+
+
+def test_photos_of_something_else_lie_far_out(faulty):
+    audit, faults = faulty
+    found = {finding.path for finding in audit.of_kind("outlier")}
+    put = {path for path, kind in faults.items() if kind == "outlier"}
+    assert len(put & found) >= 4 and len(found - put) <= 8
+
+
+@pytest.mark.parametrize("kind", OUTSIDERS)
+def test_outsiders_of_one_kind_do_not_hide_each_other(sample, backbone, tmp_path, kind):
+    areas = []
+    for _ in range(3):
+        paths = [bytes(tmp_path / f"{number}.png") for number in range(5)]
+        for path in paths:
+            OUTSIDERS[kind]().save(os.fsdecode(path))
+        part = Part.of(*joined(lists()[0], sample["train"], paths, list(range(5)), backbone))
+        areas.append(roc_auc_score(torch.arange(len(part.rows)) >= 475, outlier_scores(part, part)))
+    assert sum(areas) / len(areas) >= 0.9, areas
+
+
+def test_findings_come_by_kind_the_surest_first_and_from_a_half_up(faulty):
+    audit, _ = faulty
+    places = [(("label", "conflict", "leak", "duplicate", "outlier").index(f.kind), -f.score) for f in audit.findings]
+    assert places == sorted(places) and all(0.5 <= -score <= 1 for _, score in places)
+
+
+# More photos
+
+
+def test_a_curve_that_is_a_power_of_the_images_goes_on_as_one():
+    sizes = [50, 100, 200, 400]
+    accuracy = torch.tensor([[1 - 3 * size**-0.4 + shift for shift in (0, 0.001, -0.001)] for size in sizes])
+    curve = Curve(sizes, accuracy, torch.tensor([200, 200]), torch.tensor([[0.5, 0.2]] * 3 + [[0.5, 0.6]]))
+    for ahead in curve.doubled():
+        assert ahead == pytest.approx(1 - 3 * 800**-0.4, abs=0.01)
+    assert curve.growing() == [(1, pytest.approx(0.4))]
+
+
+def test_a_curve_that_is_flat_promises_nothing():
+    curve = Curve([50, 100], torch.full((2, 3), 0.8), torch.tensor([50, 50]), torch.full((2, 2), 0.8))
+    assert curve.doubled() == pytest.approx([0.8] * 3) and curve.growing() == []
+
+
+def test_the_samples_curve_rises_to_the_accuracy_out_of_fold(clean):
+    means = clean.curve.accuracy.mean(1).tolist()
+    assert means == sorted(means) and 0.52 < means[-1] < 0.66 and clean.curve.sizes[-1] == 475
+    assert means[-1] < sum(clean.curve.doubled()) / 3 < 0.8
+
+
+def test_where_images_are_few_there_is_no_curve():
+    features = Features([torch.randn(12, 2, 8)], 12, torch.arange(12) % 4)
+    assert learning_curve(Dealt(features, features.rows, 0), 4, [0.005], 64) is None
+
+
+# As a user asks for it
+
+
+def table(path):
+    return list(csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8"), newline="")))
+
+
+def test_a_run_writes_the_page_and_the_table_and_names_both(few, tiny):
+    out = go("--audit", "look.html", "--epochs", 1)
+    assert re.search(
+        r"^audit     look\.html and look\.csv: \d+ doubtful labels?, \d+ copies, \d+ outliers?$", out, re.M
+    )
+    assert Path("look.html").read_text().endswith("</html>\n") and table("look.csv") is not None
+    assert "--audit" not in out.splitlines()[-1]
+
+
+def test_a_run_without_it_names_the_flag_at_its_end(few, tiny):
+    assert "--audit audit.html" in go("--epochs", 1).splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "more", [["--val-split", 0.5], ["--views", 1], ["--finetune-epochs", 1], ["--augment", "recipe"]]
+)
+def test_any_run_can_be_audited(colours, tiny, more):
+    go("--audit", "look.html", "--epochs", 2, *more)
+    rows = table("look.csv")
+    assert all(row["kind"] in ("label", "conflict", "leak", "duplicate", "outlier") for row in rows)
+
+
+def test_the_table_has_exact_names_and_a_row_a_finding(colours, tiny):
+    odd = 'red, "so called"\n.png'
+    Image.open("red/train_0.png").save(odd)
+    Image.open("red/train_0.png").save("twice.png")
+    with open("train.txt", "a") as file:
+        file.write("twice.png 1\n")
+    os.rename(odd, "red/" + odd.replace("\n", " "))
+    with open("test.txt", "a") as file:
+        file.write(f"red/{odd}".replace("\n", " ") + " 0\n")
+    go("--audit", "look.html", "--epochs", 1)
+    rows = table("look.csv")
+    leak = [row for row in rows if row["kind"] == "leak"]
+    assert [(row["list"], row["line"], row["path"]) for row in leak] == [
+        ("test.txt", "13", 'red/red, "so called" .png')
+    ]
+    assert leak[0]["other"] in ("red/train_0.png", "twice.png") and float(leak[0]["score"]) == 1
+    conflict = [row for row in rows if row["kind"] == "conflict" and row["list"] == "train.txt"]
+    assert {conflict[0]["path"], conflict[0]["other"]} == {"red/train_0.png", "twice.png"}
+    assert {row["label"] for row in rows} <= {"red", "green", "blue", "0", "1", "2"}
+
+
+def test_with_a_cache_an_audit_makes_no_pass(few, tiny, decoded):
+    go("--cache", "kept", "--epochs", 1)
+    decoded.clear()
+    go("--cache", "kept", "--epochs", 1, "--audit", "look.html")
+    # Once for its pixels where it may be a copy, and no view of it; three folders have each name.
+    assert max(decoded.values(), default=0) <= 3
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("missing/look.html", "can't write in missing"),
+        ("best.html", "best.csv is written by this run already; name another file"),
+        ("look.csv", "look.csv is written by this run already; name another file"),
+        ("red", "is a directory; name a file"),
+        ("train.txt", "is read by this run; name another file to write"),
+    ],
+)
+def test_a_place_that_can_not_be_written_is_one_line_before_any_work(few, tiny, decoded, path, why):
+    status, out, err = run_main(train.main, "--weights", "none", "--workers", 0, "--audit", path)
+    assert status == 2 and err.startswith(f"error: --audit {path}: ") and why in err and err.count("\n") == 1
+    assert not decoded and not Path("best.pth").exists()
+
+
+def test_an_audit_of_the_smallest_lists_says_little_and_does_not_fail(tmp_path, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Image.new("RGB", (40, 40), (math.prod(map(ord, name)) % 255, 9, 9)).save(f"{name}.png")
+    for lines in ("a.png 0\n", "a.png 0\nb.png 1\n"):
+        Path("train.txt").write_text(lines)
+        Path("test.txt").write_text(lines)
+        go("--audit", "look.html", "--epochs", 1)
+        assert {row["kind"] for row in table("look.csv")} <= {"leak", "outlier"}
+        assert "Not told" in Path("look.html").read_text()

@@ -1,0 +1,109 @@
+"""Suspects: swapped labels come first, those called wrong mostly are, and a model that knows too little says so."""
+
+import pytest
+import torch
+from cleanlab.rank import get_label_quality_scores
+from sklearn.metrics import average_precision_score
+
+import train
+from transfer.folds import draw_folds, out_of_fold_logits
+from transfer.suspects import judge_labels, judge_out_of_fold, likeliest_share
+
+RATES = [0.005] * 20
+
+
+def swapped(labels, share, seed, classes=20):
+    """The labels, a share of them any other at random."""
+    generator = torch.Generator().manual_seed(seed)
+    count = round(share * len(labels))
+    rows = torch.randperm(len(labels), generator=generator)[:count]
+    changed = labels.clone()
+    changed[rows] = (labels[rows] + torch.randint(1, classes, (count,), generator=generator)) % classes
+    return changed
+
+
+def judged(table, labels, noise=0.0):
+    table = table + noise * torch.randn(table.shape, generator=torch.Generator().manual_seed(0)) if noise else table
+    return judge_out_of_fold(table, labels, torch.arange(len(labels)), 20, RATES, 64)
+
+
+@pytest.fixture(scope="module")
+def table(sample):
+    return sample["train"].take(sample["train"].rows, slice(2))
+
+
+@pytest.fixture(scope="module")
+def by_share(sample, table):
+    """By share of swapped labels what became of them, of four draws: (swapped, judged) each."""
+    found = {}
+    for share in (0, 0.02, 0.05, 0.1, 0.2):
+        changed = [swapped(sample["train"].labels, share, seed) for seed in range(4 if share else 1)]
+        found[share] = [(each != sample["train"].labels, judged(table, each)) for each in changed]
+    return found
+
+
+@pytest.mark.parametrize(("share", "least"), [(0.05, 0.8), (0.1, 0.88)])
+def test_swapped_labels_are_doubted_most(by_share, share, least):
+    precisions = [average_precision_score(wrong, -found.confidence) for wrong, found in by_share[share]]
+    assert sum(precisions) / len(precisions) >= least, precisions
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.2])
+def test_most_suspects_are_wrong_and_most_of_what_is_wrong_is_suspect(by_share, share):
+    right = sum(int(wrong[found.suspects].sum()) for wrong, found in by_share[share])
+    called = sum(len(found.suspects) for _, found in by_share[share])
+    assert right / called >= 0.6  # at least half is promised
+    assert right / sum(int(wrong.sum()) for wrong, _ in by_share[share]) >= 0.55
+    for _, found in by_share[share]:
+        assert found.wrong == pytest.approx(share, abs=0.03 + 0.15 * share)
+
+
+def test_of_labels_that_are_right_hardly_any_is_suspect(by_share):
+    ((_, found),) = by_share[0]
+    assert len(found.suspects) <= 2 and found.wrong < 0.01
+
+
+def test_the_power_that_is_told_is_the_share_that_is_found(by_share):
+    for wrong, found in by_share[0.1]:
+        assert float(wrong[found.suspects].sum() / wrong.sum()) == pytest.approx(found.power, abs=0.2)
+
+
+def test_a_model_that_knows_too_little_says_so_and_calls_no_label_wrong(sample, table):
+    labels = swapped(sample["train"].labels, 0.1, 0)
+    found = judged(table, labels, noise=6 * float(table.std()))
+    assert found.weak and found.power < 0.2 and not len(found.suspects)
+
+
+def test_the_order_is_that_of_cleanlabs_self_confidence(sample, table):
+    labels = swapped(sample["train"].labels, 0.05, 1)
+    fold = draw_folds(labels, torch.arange(len(labels)))
+    how = {"plan": train.mirror_plan, "batch_size": 64, "seed": 0}
+    logits = out_of_fold_logits(table, labels, fold, 20, RATES, **how)
+    found = judge_labels(logits, labels)
+    probs = (logits.double() / found.temperature).softmax(1).numpy()
+    theirs = get_label_quality_scores(labels.numpy(), probs, method="self_confidence")
+    assert found.confidence.argsort().tolist() == theirs.argsort().tolist()
+    assert (found.doubt.argsort(descending=True)[:10] == found.confidence.argsort()[:10]).all()
+
+
+def test_a_doubt_is_bayes_rule_for_the_share_and_the_temperature_that_made_the_labels():
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(4000, 3, generator=generator)
+    labels = swapped(logits.softmax(1).multinomial(1, generator=generator)[:, 0], 0.1, 0, 3)
+    found = judge_labels(2 * logits, labels)  # twice as sure as it should be
+    assert found.wrong == pytest.approx(0.1, abs=0.02) and found.temperature == pytest.approx(2, rel=0.15)
+    q = (2 * logits.double() / found.temperature).softmax(1)[torch.arange(4000), labels]
+    odds = found.wrong / 2 * (1 - q) / ((1 - found.wrong) * q)  # any of the two others
+    assert torch.allclose(found.confidence, q) and torch.allclose(found.doubt, odds / (1 + odds))
+
+
+def test_the_likeliest_share_is_what_a_grid_finds():
+    q = torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shares = torch.arange(0, 0.5, 0.001, dtype=torch.float64)[:, None]
+    likelihood = ((1 - shares) * q + shares * (1 - q) / 4).log().sum(1) + 20 * (1 - shares[:, 0]).log()
+    assert likeliest_share(q, 5) == pytest.approx(float(shares[likelihood.argmax()]), abs=0.001)
+
+
+def test_a_single_class_has_no_suspects():
+    found = judge_labels(torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64))
+    assert found.weak and found.doubt.tolist() == [0] * 4

@@ -44,7 +44,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 
 @dataclass(frozen=True)
 class Classifier:
-    """A loaded checkpoint: images go through the backbone, features (N, 512) through the head."""
+    """A loaded checkpoint: images go through the backbone, features (N, D) through the head."""
 
     backbone: nn.Module
     head: nn.Linear
@@ -69,7 +69,7 @@ def load(
 
 
 def probabilities(classifier: Classifier, features: Tensor) -> Tensor:
-    """Of one image's features, (512,) or (V, 512), as its backbone gives them: (C,).
+    """Of one image's features, (D,) or (V, D), as its backbone gives them: (C,).
 
     The logits of the mean of two views are the mean of their logits: the head is linear.
     """

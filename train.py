@@ -266,7 +266,8 @@ def judge_test(model: nn.Module, test: ImageList, features: Features | None, com
     """The model's logits (N, C) on the test list, and its labels; from features where its backbone is still frozen."""
     if features is None:
         backbone = inference_copy(backbone_of(model), compute)
-        features = extract_features(backbone, Views(test, [0], seed=0), compute=compute, alone=True)
+        how = {"width": model.fc.in_features, "compute": compute, "alone": True}
+        features = extract_features(backbone, Views(test, [0], seed=0), **how)
     return logits_of(model.fc.cpu(), features.batches(features.rows, 0, 1024))
 
 
@@ -332,7 +333,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # longest.
     model = build_model(len(names), weights, args.seed)
     backbone = inference_copy(backbone_of(model), compute)
-    extract = functools.partial(extract_features, backbone, compute=compute, cache=args.cache)
+    extract = functools.partial(
+        extract_features, backbone, width=model.fc.in_features, compute=compute, cache=args.cache
+    )
     view_seed = args.seed if args.view_seed is None else args.view_seed
     views = range(min(args.views, 2) if args.augment == "mirror" else args.views)
     test_features = val = extract(Views(test, [0], view_seed))

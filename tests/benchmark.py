@@ -105,7 +105,7 @@ def pass_rates(folder: str, count: str) -> None:
 
     paths = sorted(os.fsencode(path) for path in Path(folder).rglob("*.jpg"))[: int(count)]
     listed = ImageList("bench", paths, [0] * len(paths), range(len(paths)))
-    compute, backbone = bundled_backbone()
+    compute, backbone, width = bundled_backbone()
     batch = PASS_BATCH[compute.device.type]
     ready = torch.randn(batch, 3, 224, 224, device=compute.device)
     ready = ready.to(compute.dtype, memory_format=torch.channels_last)
@@ -120,13 +120,13 @@ def pass_rates(folder: str, count: str) -> None:
         found["ready"].append(rounds * batch / (time.perf_counter() - began))
         for name, views in (("pass", range(4)), ("evaluation", [0])):
             began = time.perf_counter()
-            extract_features(backbone, train.Views(listed, views, 0), compute=compute)
+            extract_features(backbone, train.Views(listed, views, 0), width=width, compute=compute)
             found[name].append(len(paths) * len(views) / (time.perf_counter() - began))
     print(json.dumps({name: statistics.median(values) for name, values in found.items()}))
 
 
 def bundled_backbone() -> tuple:
-    """Where train.py would compute here, and the bundled backbone ready for it."""
+    """Where train.py would compute here, the bundled backbone ready for it, and how many features it gives."""
     import train
     from transfer.backbone import backbone_of, inference_copy
     from transfer.checkpoint import load_backbone
@@ -135,7 +135,8 @@ def bundled_backbone() -> tuple:
 
     device = pick_device("auto")
     compute = Compute(device, pick_precision("auto", device), cores_of_rank())
-    return compute, inference_copy(backbone_of(train.build_model(20, load_backbone(WEIGHTS), 0)), compute)
+    model = train.build_model(20, load_backbone(WEIGHTS), 0)
+    return compute, inference_copy(backbone_of(model), compute), model.fc.in_features
 
 
 def parse_list(path: str) -> None:
@@ -306,16 +307,16 @@ def both_lists(views: Sequence[int]) -> dict:
     from transfer.features import extract_features
     from transfer.lists import read_list
 
-    compute, backbone = bundled_backbone()
+    compute, backbone, width = bundled_backbone()
     found = {}
     for name in ("train", "test"):
         listed, _ = read_list(ROOT / f"{name}.txt", ROOT)
-        found[name] = extract_features(backbone, train.Views(listed, views, 0), compute=compute)
+        found[name] = extract_features(backbone, train.Views(listed, views, 0), width=width, compute=compute)
         upright = train.EVALUATION_VIEW
         train.EVALUATION_VIEW = T.Compose([upright, T.RandomRotation(30), T.ColorJitter(brightness=(0.6, 1.4))])
         torch.manual_seed(0)
         alone = replace(compute, workers=0)  # so that the seed draws them
-        found[f"{name} turned"] = extract_features(backbone, train.Views(listed, [0], 0), compute=alone)
+        found[f"{name} turned"] = extract_features(backbone, train.Views(listed, [0], 0), width=width, compute=alone)
         train.EVALUATION_VIEW = upright
     return found
 
@@ -641,7 +642,7 @@ def describe_machine() -> str:
     import torch
     import torchvision
 
-    compute, _ = bundled_backbone()
+    compute, *_ = bundled_backbone()
     cpu = next(
         (line.split(": ")[1] for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
     )

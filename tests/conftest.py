@@ -141,11 +141,11 @@ def sample(sample_run):
     compute = pick_compute("cpu", "auto", None)
     backbone = inference_copy(backbone_of(train.build_model(20, load_backbone(BUNDLED), 0)), compute)
     lists = {name: read_list(ROOT / f"{name}.txt", ROOT)[0] for name in ("train", "test")}
-    views, cache = {"train": range(4), "test": [0]}, sample_run[1].parent / "kept"
+    views, how = {"train": range(4), "test": [0]}, {"compute": compute, "cache": sample_run[1].parent / "kept"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)  # whose paths the kept features are of
         return {
-            name: extract_features(backbone, train.Views(listed, views[name], 0), compute=compute, cache=cache)
+            name: extract_features(backbone, train.Views(listed, views[name], 0), width=512, **how)
             for name, listed in lists.items()
         }
 
@@ -332,7 +332,7 @@ def extract(few, quick, monkeypatch):
     """A function that extracts two views of the training images in two cached chunks of three."""
     monkeypatch.setattr("transfer.features.CHUNK_ROWS", 3)
     photos, _ = read_list(Path("train.txt"), Path())
-    how = {"compute": Compute(torch.device("cpu"), torch.float32), "cache": Path()}
+    how = {"width": 512, "compute": Compute(torch.device("cpu"), torch.float32), "cache": Path()}
     return lambda **options: extract_features(plain_backbone(), train.Views(photos, [0, 1], 0), **how, **options)
 
 

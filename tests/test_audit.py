@@ -59,7 +59,7 @@ def backbone():
 def joined(listed, features, paths, labels, backbone, views=2):
     """A list and its features with more images behind: (a `train.Views` of the evaluation view, features)."""
     more = ImageList(listed.name, paths, labels, range(len(listed) + 1, len(listed) + len(paths) + 1))
-    found = extract_features(backbone, train.Views(more, range(views), 0), compute=COMPUTE)
+    found = extract_features(backbone, train.Views(more, range(views), 0), width=512, compute=COMPUTE)
     both = ImageList(
         listed.name,
         [*listed.paths(), *paths],

@@ -77,7 +77,7 @@ def test_bfloat16_features_are_within_a_percent_of_float32_and_as_often_right(sa
     for dtype in (torch.float32, torch.bfloat16):
         compute = Compute(torch.device("cpu"), dtype, workers=2)
         backbone = inference_copy(backbone_of(model), compute)
-        found = extract_features(backbone, train.Views(test, [0], 0), compute=compute)
+        found = extract_features(backbone, train.Views(test, [0], 0), width=512, compute=compute)
         features[dtype] = found.chunks[0][:, 0]
     exact, fast = features.values()
     errors = (fast - exact).norm(dim=1) / exact.norm(dim=1)
@@ -91,7 +91,7 @@ def test_features_do_not_depend_on_workers_batches_or_order():
     views = train.Views(photos, range(3), seed=5)
 
     def extract(workers):
-        return extract_features(backbone, views, compute=replace(CPU, workers=workers)).chunks[0]
+        return extract_features(backbone, views, width=512, compute=replace(CPU, workers=workers)).chunks[0]
 
     plain = extract(0)
     assert torch.equal(plain, extract(1))

@@ -33,7 +33,7 @@ READING_VERSION = 2  # of how images become numbers, up to `embed`: raise it and
 
 
 def backbone_of(model: nn.Module) -> nn.Sequential:
-    """Everything but the head, as one module: images (N, 3, 224, 224) to features (N, 512)."""
+    """Everything but the head, as one module: images (N, 3, 224, 224) to features (N, D)."""
     return nn.Sequential(*list(model.children())[:-1], nn.Flatten(1))
 
 

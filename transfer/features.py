@@ -22,7 +22,7 @@ CHUNK_ROWS = 1024  # images a file of the cache: what a killed pass may lose
 
 
 class Features:
-    """Features of n images, float32 (n, V, 512), in chunks of `step` rows: in memory, or mapped from the cache.
+    """Features of n images, float32 (n, V, D), in chunks of `step` rows: in memory, or mapped from the cache.
 
     labels: (n,); rows: the numbers of the images that are meant, at first all that could be read. Under torchrun only
     rank 0 has chunks.
@@ -45,7 +45,7 @@ class Features:
         return self.chunks[0].shape[1]
 
     def take(self, rows: Tensor, views: int | Tensor | slice) -> Tensor:
-        """Of some rows one view, the same or each its own, (len(rows), 512); or several, (len(rows), V, 512)."""
+        """Of some rows one view, the same or each its own, (len(rows), D); or several, (len(rows), V, D)."""
         if len(self.chunks) == 1:
             return self.chunks[0][rows, views]
         taken = None
@@ -57,14 +57,15 @@ class Features:
         return taken
 
     def batches(self, rows: Tensor, views: int | Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(features, labels), batch by batch, of rows in their order: of each one view, or its own, (len(rows),)."""
+        """(features, labels), batch by batch, of rows in order: of each the same view, or its own (len(rows),)."""
         for start in range(0, len(rows), batch_size):
             batch = slice(start, start + batch_size)
             yield self.take(rows[batch], views[batch] if torch.is_tensor(views) else views), self.labels[rows[batch]]
 
     def digests(self) -> Tensor:
         """A number for each image that tells it by the bits of its evaluation view: (n,)."""
-        odd = torch.randint(-(2**62), 2**62, (512,), generator=torch.Generator().manual_seed(0)) | 1
+        width = self.chunks[0].shape[2]
+        odd = torch.randint(-(2**62), 2**62, (width,), generator=torch.Generator().manual_seed(0)) | 1
         # Sums of the bits as integers, each times a random number, modulo 2**64; in slices, to bound the memory.
         slices = (part[:, 0].contiguous() for chunk in self.chunks for part in chunk.split(CHUNK_ROWS))
         return torch.cat([(features.view(torch.int32).long() * odd).sum(1) for features in slices])
@@ -74,12 +75,14 @@ def extract_features(
     backbone: nn.Module,
     dataset: Dataset,
     *,
+    width: int,
     compute: Compute,
     cache: Path | None = None,
     tolerated: int = 0,
     alone: bool = False,
 ) -> Features:
-    """One pass over a `train.Views`: each image decoded once, each of its V views through the backbone once.
+    """One pass over a `train.Views`: each image decoded once, each of its V views through the backbone once, which
+    gives so many features (width).
 
     With a cache, chunks found there are not computed, and new ones are kept. Under torchrun each rank does its slice,
     unless it works alone, and the features are rank 0's alone. Raises UserError (status 1) where more images than
@@ -94,7 +97,7 @@ def extract_features(
     if cache and spans:
         digest = recipe_digest(backbone, dataset, compute)
         paths = [chunk_path(cache, digest, listed, span) for span in spans]
-    found = embed_chunks(backbone, dataset, spans, paths, compute=compute, tolerated=tolerated)
+    found = embed_chunks(backbone, dataset, spans, paths, width=width, compute=compute, tolerated=tolerated)
     chunks, unread = [chunk for chunk, _ in found], {row: why for _, reasons in found for row, why in reasons.items()}
     if not alone and world_size() > 1:
         chunks, step, unread = share_chunks(chunks, step, unread, paths, len(listed))
@@ -108,15 +111,18 @@ def embed_chunks(
     spans: Sequence[range],
     paths: Sequence[Path],
     *,
+    width: int,
     compute: Compute,
     tolerated: int,
 ) -> list[tuple[Tensor, dict[int, str]]]:
-    """The features (len(span), V, 512) of each span of rows, and the reasons by row of those without.
+    """The features (len(span), V, width) of each span of rows, and the reasons by row of those without.
 
     paths: where each span is kept, or none. Raises UserError as `extract_features` does.
     """
     views = len(dataset.views)
-    kept = [read_chunk(path, (len(span), views, 512)) for path, span in zip(paths, spans, strict=True)] if paths else []
+    kept = (
+        [read_chunk(path, (len(span), views, width)) for path, span in zip(paths, spans, strict=True)] if paths else []
+    )
     found = kept or [None] * len(spans)
     missing = [number for number, chunk in enumerate(found) if chunk is None]
     rows = [row for number in missing for row in spans[number]]
@@ -126,7 +132,7 @@ def embed_chunks(
     )
     progress, unread = Progress(f"{dataset.listed.name}:", len(rows)), {}
     for number in missing:
-        features, reasons = torch.zeros(len(spans[number]), views, 512), {}
+        features, reasons = torch.zeros(len(spans[number]), views, width), {}
         for row, values in itertools.islice(images, len(spans[number])):
             if isinstance(values, str):
                 reasons[row] = unread[row] = values

@@ -49,7 +49,7 @@ class Classifier:
     backbone: nn.Module
     head: nn.Linear
     classes: list[str]
-    about: dict  # what train.py said of it; only `classes` where it said nothing
+    about: dict  # what train.py said of it; only `arch` and `classes` where it said nothing
     compute: Compute
     views: Sequence[int] = (0,)  # of each image, that its features are the mean of
 
@@ -57,7 +57,7 @@ class Classifier:
 def load(
     path: str | os.PathLike = "best.pth", device: str = "auto", workers: int | None = 0, mirror: bool = False
 ) -> Classifier:
-    """Load train.py's best.pth, or any ResNet-18 state dict with a head. Raises UserError.
+    """Load train.py's best.pth, or the state dict of any of torchvision's ResNets with a head. Raises UserError.
 
     mirror: predict from each image and its mirror image, at twice the cost.
     """

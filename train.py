@@ -4,10 +4,10 @@
 
 Reads train.txt and test.txt, one image a line: its path, white space, its label.
 Writes best.pth whenever the test accuracy beats the best so far (a plain
-torchvision ResNet-18 state dict), and best.csv, one row an epoch.
+torchvision state dict), and best.csv, one row an epoch.
 
 What a frozen backbone says of an image never changes. So one pass decodes each
-image once, turns it into a few views and keeps their 512 features; every epoch
+image once, turns it into a few views and keeps their features; every epoch
 then trains the head on those, in milliseconds. `predict.py` uses the result.
 This file is the recipe; what it stands on lies in transfer/, a file a subject.
 """
@@ -36,10 +36,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Dataset
 from torchvision import transforms as T
-from torchvision.models import resnet18
 from torchvision.transforms.functional import hflip
 
 from transfer import finetune
+from transfer.architectures import ARCHITECTURES, checkpoint_bytes, new_network
 from transfer.audit import audit_lists
 from transfer.audit_page import outputs_beside, save_audit
 from transfer.backbone import backbone_of, inference_copy
@@ -137,16 +137,16 @@ class Views(Dataset):
 # Model
 
 
-def build_model(classes: int, state: dict[str, Tensor] | None, seed: int) -> nn.Module:
-    """A frozen ResNet-18 in inference mode with a new head for so many classes.
+def build_model(arch: str, classes: int, state: dict[str, Tensor] | None, seed: int) -> nn.Module:
+    """A frozen ResNet in inference mode with a new head for so many classes.
 
     Frozen means that no buffer moves either: in training mode BatchNorm's running statistics
     would drift towards the new listed, and nothing computed once would stay true.
     """
     torch.manual_seed(seed)
-    model = resnet18()
+    model = new_network(arch)
     if state is not None:
-        model.load_state_dict(state, strict=False)  # what fits and what doesn't was settled by `check_resnet18`
+        model.load_state_dict(state, strict=False)  # what fits and what doesn't was settled by `check_state`
     for parameter in model.parameters():
         parameter.requires_grad = False
     torch.manual_seed(seed)  # the same head, whatever the backbone's origin
@@ -283,10 +283,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--root", type=Path, default=".", metavar="DIR", help="folder that the lists' paths are relative to")
     add("--classes", type=Path, metavar="FILE", help="class names, one a line (default: the folders' names)")
     add("--val-split", type=fraction, metavar="SHARE", help="choose the epoch on this share of the training list")
-    add("--cache", type=Path, metavar="DIR", help="keep features there and reuse them: 2 KB an image and view")
+    add("--cache", type=Path, metavar="DIR", help="keep features there: 2 KB an image and view, 8 KB from resnet50 on")
     add("--workers", type=whole(0), metavar="N", help="decoding processes (default: one a core)")
     add = parser.add_argument_group("model").add_argument
-    add("--weights", metavar="NAME", help="imagenet (default), none (random), or a ResNet-18 FILE")
+    add("--arch", choices=ARCHITECTURES, default=ARCHITECTURES[0], help="of the backbone")
+    add("--weights", metavar="NAME", help="imagenet (default), none (random), or a FILE that fits --arch")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:N or mps; auto takes the fastest")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of the backbone's arithmetic")
     stages = tuple(finetune.UNFROZEN_FROM)
@@ -319,23 +320,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.val_split and train.labels.bincount().max() == 1:
         raise UserError(f"--val-split: {train.name} has one image of each class, none to spare; leave it out")
     inputs = [path for path in (args.train, args.test, args.classes, args.weights) if path]
-    prepare_output(args.out, args.cache, itertools.chain(inputs, train.each_path(), test.each_path()))
+    size = checkpoint_bytes(args.arch, len(names))
+    prepare_output(args.out, size, args.cache, itertools.chain(inputs, train.each_path(), test.each_path()))
     if args.audit:
         read = itertools.chain(inputs, train.each_path(), test.each_path())
         check_target("--audit", outputs_beside(args.audit), read, outputs_of(args.out))
     join_ranks()
-    weights, origin, caveats = find_weights(args.weights)  # one rank a machine downloads them
+    weights, origin, caveats = find_weights(args.weights, args.arch)  # one rank a machine downloads them
     warn(*caveats)
     chosen_on = f"{args.val_split:.0%} of {train.name}" if args.val_split else test.name
     print_header(compute, origin, train, test, len(names), chosen_on, args.out)
 
     # One pass. The list in which no image may be unreadable comes first, so that one does not end the run after the
     # longest.
-    model = build_model(len(names), weights, args.seed)
-    backbone = inference_copy(backbone_of(model), compute)
-    extract = functools.partial(
-        extract_features, backbone, width=model.fc.in_features, compute=compute, cache=args.cache
-    )
+    model = build_model(args.arch, len(names), weights, args.seed)
+    backbone, width = inference_copy(backbone_of(model), compute), model.fc.in_features
+    extract = functools.partial(extract_features, backbone, width=width, compute=compute, cache=args.cache)
     view_seed = args.seed if args.view_seed is None else args.view_seed
     views = range(min(args.views, 2) if args.augment == "mirror" else args.views)
     test_features = val = extract(Views(test, [0], view_seed))

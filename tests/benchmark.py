@@ -330,7 +330,7 @@ def train_on(features: object, tests: Sequence, plan: Callable, seed: int) -> tu
 
     import train
 
-    head, history, others = train.build_model(20, None, seed).fc, Best(), []
+    head, history, others = train.build_model("resnet18", 20, None, seed).fc, Best(), []
 
     def val_batches() -> Iterator:
         with torch.no_grad():

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import predict  # noqa: E402
 import train  # noqa: E402
+from transfer.architectures import weights_of as architecture_weights  # noqa: E402
 from transfer.backbone import backbone_of, inference_copy  # noqa: E402
 from transfer.checkpoint import load_backbone  # noqa: E402
 from transfer.device import Compute, pick_compute  # noqa: E402
@@ -139,7 +140,8 @@ def sample_run(sample_job):
 def sample(sample_run):
     """Features of the sample's training list, evaluation view and mirror image, and of its test list."""
     compute = pick_compute("cpu", "auto", None)
-    backbone = inference_copy(backbone_of(train.build_model(20, load_backbone(BUNDLED), 0)), compute)
+    model = train.build_model("resnet18", 20, load_backbone(BUNDLED, "resnet18"), 0)
+    backbone = inference_copy(backbone_of(model), compute)
     lists = {name: read_list(ROOT / f"{name}.txt", ROOT)[0] for name in ("train", "test")}
     views, how = {"train": range(4), "test": [0]}, {"compute": compute, "cache": sample_run[1].parent / "kept"}
     with pytest.MonkeyPatch.context() as patch:
@@ -166,7 +168,7 @@ PLAIN = ("--weights", "none", "--workers", 0, "--epochs", 1)
 
 
 class SmallNetwork(nn.Module):
-    """Stands in for ResNet-18 where the test is not about the network: 512 features and a head, in 0.1 MB."""
+    """Stands in for the ResNets where the test is not about the network: 512 features and a head, in 0.1 MB."""
 
     def __init__(self, num_classes=1000):
         super().__init__()
@@ -177,8 +179,10 @@ class SmallNetwork(nn.Module):
 @pytest.fixture
 def job(colours, monkeypatch):
     """In a folder with lists of solid colours: what train.py makes of more arguments, with a small network."""
-    monkeypatch.setattr(train, "resnet18", SmallNetwork)
-    monkeypatch.setattr("transfer.checkpoint.resnet18", SmallNetwork)
+    monkeypatch.setattr("transfer.architectures.get_model", lambda arch, num_classes: SmallNetwork(num_classes))
+    monkeypatch.setattr(
+        "transfer.architectures.weights_of", architecture_weights.__wrapped__
+    )  # nothing kept of other networks
     return lambda *args: run_main(train.main, *PLAIN, *args)
 
 

@@ -33,7 +33,7 @@ import conftest  # noqa: E402
 
 import train  # noqa: E402
 import transfer.backbone  # noqa: E402
-from transfer.checkpoint import ABOUT, check_resnet18, is_about, load_checkpoint, load_state  # noqa: E402
+from transfer.checkpoint import ABOUT, check_state, is_about, load_checkpoint, load_state  # noqa: E402
 from transfer.console import UserError  # noqa: E402
 from transfer.images import ImageError, read_image  # noqa: E402
 from transfer.lists import read_lists  # noqa: E402
@@ -155,7 +155,7 @@ def checkpoints() -> tuple:
             same = state.keys() == saved.keys() and all(torch.equal(state[key], saved[key]) for key in state)
             assert forged or (same and about == said), "altered weights were accepted"
             is_about(about, 2)
-            check_resnet18(state, Path("weights.pth"))
+            check_state(state, Path("weights.pth"))
 
     return [sound, sound, sound, members["weights/data.pkl"]], PICKLE_TOKENS, check
 

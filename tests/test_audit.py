@@ -53,7 +53,8 @@ OUTSIDERS = {"gradients": gradient, "text": text, "noise": noise}
 
 @pytest.fixture(scope="module")
 def backbone():
-    return inference_copy(backbone_of(train.build_model(20, load_backbone(BUNDLED), 0)), COMPUTE)
+    model = train.build_model("resnet18", 20, load_backbone(BUNDLED, "resnet18"), 0)
+    return inference_copy(backbone_of(model), COMPUTE)
 
 
 def joined(listed, features, paths, labels, backbone, views=2):
@@ -83,7 +84,7 @@ def head_on(train_features, test_features):
         def add(self, *_):
             pass
 
-    head = train.build_model(20, None, 0).fc
+    head = train.build_model("resnet18", 20, None, 0).fc
     how = {"epochs": 20, "lr": 0.005, "batch_size": 64, "seed": 0, "history": Silent(), "save": None}
     val = lambda: test_features.batches(test_features.rows, 0, 64)  # noqa: E731
     train.train_head(head, train_features, train.mirror_plan, val, **how)

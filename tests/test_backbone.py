@@ -47,7 +47,7 @@ def sample(name="train", count=12):
 
 
 def bundled_backbone():
-    return backbone_of(train.build_model(20, load_backbone(BUNDLED), seed=0))
+    return backbone_of(train.build_model("resnet18", 20, load_backbone(BUNDLED, "resnet18"), seed=0))
 
 
 def test_the_backbone_gives_what_plain_torchvision_gives():

@@ -18,7 +18,7 @@ from conftest import BUNDLED, SmallNetwork, growth, patched, put, run_main, try_
 from PIL import Image
 from torch import nn
 from torchvision import transforms as T
-from torchvision.models import resnet18, resnet34
+from torchvision.models import get_model, resnet18
 
 import predict
 import train
@@ -41,7 +41,7 @@ def plain_probabilities(path, image):
 )
 def test_weights_of_every_usual_form_load(tmp_path, form, small_run):
     if form == "best":
-        state = load_backbone(small_run / "best.pth")
+        state = load_backbone(small_run / "best.pth", "resnet18")
     else:
         state = torch.load(BUNDLED, weights_only=True)
         content = {f"{form}{key}": value for key, value in state.items()} if form.endswith(".") else dict(state)
@@ -52,8 +52,8 @@ def test_weights_of_every_usual_form_load(tmp_path, form, small_run):
         if form == "other head":
             content |= {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
         torch.save(content, tmp_path / "weights.pth")
-        state = load_backbone(tmp_path / "weights.pth")
-    expected = load_backbone(BUNDLED)
+        state = load_backbone(tmp_path / "weights.pth", "resnet18")
+    expected = load_backbone(BUNDLED, "resnet18")
     assert state.keys() == expected.keys()
     assert all(
         torch.allclose(state[key].float(), value.float(), rtol=1e-3, atol=1e-3) for key, value in expected.items()
@@ -63,7 +63,7 @@ def test_weights_of_every_usual_form_load(tmp_path, form, small_run):
 def test_what_is_no_resnet18_gets_the_first_keys_that_do_not_fit(tmp_path):
     torch.save({"conv1.weight": torch.zeros(64, 3, 3, 3), "features.0": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError) as error:
-        load_backbone(tmp_path / "other.pth")
+        load_backbone(tmp_path / "other.pth", "resnet18")
     assert "unexpected features.0, conv1.weight is 64x3x3x3, not 64x3x7x7, no bn1.weight and" in str(error.value)
 
 
@@ -75,12 +75,17 @@ def test_best_pth_loads_strictly_into_plain_torchvision_and_predicts_the_same(sm
     assert probability == pytest.approx(plain.max().item(), abs=1e-4)
 
 
-def tiny_resnet18(classes=3, **changes):
-    """A ResNet-18 state dict in 30 kB: each tensor one number, repeated."""
+def tiny(arch, classes=3):
+    """A state dict of a few kB: each tensor one number, repeated."""
     with torch.device("meta"):
-        state = resnet18(num_classes=classes).state_dict()
+        state = get_model(arch, num_classes=classes).state_dict()
     for key, value in state.items():
         state[key] = torch.tensor(7) if value.dim() == 0 else torch.full((1,) * value.dim(), 0.01).expand(value.shape)
+    return state
+
+
+def tiny_resnet18(classes=3, **changes):
+    state = tiny("resnet18", classes)
     state.update({key.replace("__", "."): value for key, value in changes.items()})
     return state
 
@@ -201,13 +206,13 @@ REFUSED = {
         lambda: pickled(tiny_resnet18(conv1__weight=torch.sparse_coo_tensor(size=(10**6, 10**6)))),
         MISFIT.format("conv1.weight is no plain tensor"),
     ),
-    "another architecture": (
-        lambda: pickled(
-            {key: value[..., :1] if value.dim() == 4 else value for key, value in resnet34().state_dict().items()}
-        ),
-        MISFIT.format(
-            "unexpected layer1.2.conv1.weight, unexpected layer1.2.bn1.weight, unexpected layer1.2.bn1.bias and .* more"
-        ),
+    "no ResNet": (
+        lambda: pickled(tiny("vit_b_16")),
+        MISFIT.format("unexpected class_token, unexpected conv_proj.weight, unexpected conv_proj.bias and .* more"),
+    ),
+    "a wider ResNet": (
+        lambda: pickled(tiny("wide_resnet50_2")),
+        "does not fit a ResNet-50: layer1.0.conv1.weight is 128x64x1x1, not 64x64x1x1, .* for resnet(18|50)",
     ),
     "another class count": (
         lambda: pickled(tiny_resnet18(fc__bias=torch.zeros(4))),
@@ -277,7 +282,7 @@ def within_itself():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_file_that_is_no_sound_resnet18_is_refused_by_both_scripts(colours, kind):
+def test_a_file_that_is_no_sound_resnet_is_refused_by_both_scripts(colours, kind):
     make, reason = REFUSED[kind]
     if kind == "a directory":
         os.mkdir("bad.pth")
@@ -341,7 +346,7 @@ def test_usual_forms_of_a_checkpoint_load_in_both_scripts(tmp_path, monkeypatch,
         "legacy": lambda: legacy(state),
     }
     assert predicted(tmp_path, forms.get(form, lambda: pickled(state))()) == (0, ["0", "1", "2"], "")
-    assert load_backbone(tmp_path / "model.pth")["conv1.weight"].shape == (64, 3, 7, 7)
+    assert load_backbone(tmp_path / "model.pth", "resnet18")["conv1.weight"].shape == (64, 3, 7, 7)
 
 
 GOOD_ABOUT = {"format": 1, "classes": ["a", "b", "c"], "accuracy": 0.5}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import add_line, run_main, run_script
+from torchvision.models import get_model
 
 import predict
 import train
@@ -129,12 +130,14 @@ def test_whichever_write_fails_the_last_whole_files_stay(job, monkeypatch, call,
     assert failed == [*kept, *["best.pth", "best.csv"] * 2, "best.pth"]
 
 
-def test_a_full_disk_is_found_before_training(trained, monkeypatch):
+@pytest.mark.parametrize(("arch", "need"), [("resnet18", 132), ("resnet152", 689)])  # three of 45 and 233 MB
+def test_a_full_disk_is_found_before_training(trained, monkeypatch, arch, need):
     before = Path("best.pth").read_bytes()
+    monkeypatch.setattr("transfer.architectures.get_model", get_model)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5 << 20}))
-    status, out, err = trained()
+    status, out, err = trained("--arch", arch)
     assert (status, out) == (2, "")
-    assert err == "error: --out best.pth: disk full (5 MB free, 143 needed); free some space\n"
+    assert err == f"error: --out best.pth: disk full (5 MB free, {need} needed); free some space\n"
     assert Path("best.pth").read_bytes() == before
 
 

@@ -36,7 +36,7 @@ def script_accuracies(monkeypatch, *accuracies):
 def test_fine_tuning_changes_the_named_stages_and_the_head_alone(few, monkeypatch, stage):
     script_accuracies(monkeypatch, 0.3, 0.6)
     go("--epochs", 1, "--finetune-epochs", 1, "--unfreeze", stage)
-    before, after = train.build_model(3, None, seed=0).state_dict(), weights_of()
+    before, after = train.build_model("resnet18", 3, None, seed=0).state_dict(), weights_of()
     changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
     expected = {key for key in before if key.startswith((*STAGES[stage], "fc.")) and not key.endswith(BUFFERS)}
     assert changed == expected

@@ -14,14 +14,14 @@ from conftest import BUNDLED, ROOT, go, rows_of, run_main, same, weights_of
 from PIL import Image
 from torch import nn
 from torchvision import transforms as T
-from torchvision.models import ResNet18_Weights
+from torchvision.models import get_model_weights
 
 import train
+from transfer.architectures import ARCHITECTURES
 from transfer.backbone import NORMALIZE
 from transfer.checkpoint import load_backbone, load_checkpoint
 from transfer.features import Features
 from transfer.images import read_image
-from transfer.weights import IMAGENET_URL
 
 
 def read_csv(path):
@@ -41,19 +41,19 @@ def test_views_are_the_recipes():
     ]
     assert views == [str(step) for step in recipe]
     assert str(train.EVALUATION_VIEW) == str(T.Resize((224, 224)))
-    imagenet = ResNet18_Weights.DEFAULT.transforms()
-    assert [NORMALIZE.mean, NORMALIZE.std] == [imagenet.mean, imagenet.std]
-    assert IMAGENET_URL == ResNet18_Weights.DEFAULT.url
+    for arch in ARCHITECTURES:
+        imagenet = get_model_weights(arch).DEFAULT.transforms()
+        assert [NORMALIZE.mean, NORMALIZE.std] == [imagenet.mean, imagenet.std]
 
 
 def test_defaults_are_the_recipes():
     args = train.parse_args([])
-    found = (args.epochs, args.batch_size, args.lr, args.views, args.device, args.weights, str(args.out))
-    assert found == (20, 64, 0.005, 4, "auto", None, "best.pth")
+    found = (args.epochs, args.batch_size, args.lr, args.views, args.device, args.arch, args.weights, str(args.out))
+    assert found == (20, 64, 0.005, 4, "auto", "resnet18", None, "best.pth")
 
 
 def test_only_the_head_can_learn():
-    model = train.build_model(7, None, seed=0)
+    model = train.build_model("resnet18", 7, None, seed=0)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
     assert model.fc.out_features == 7
     assert not any(module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d))
@@ -116,11 +116,11 @@ def test_no_view_is_made_that_the_plan_does_not_use(colours, monkeypatch):
 
 
 def test_frozen_weights_and_buffers_keep_their_bits_and_the_head_learns(sample_run):
-    before, after = load_backbone(BUNDLED), torch.load(sample_run[1], weights_only=True)
+    before, after = load_backbone(BUNDLED, "resnet18"), torch.load(sample_run[1], weights_only=True)
     assert len(before) == len(after) - 2 == 120
     for key, value in before.items():
         assert torch.equal(after[key], value.to(after[key].dtype)), key
-    fresh = train.build_model(20, None, seed=0).fc
+    fresh = train.build_model("resnet18", 20, None, seed=0).fc
     assert not torch.equal(after["fc.weight"], fresh.weight)
 
 

@@ -15,19 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BUNDLED, ROOT, run_main
-from torchvision.models import resnet18
+from torchvision.models import get_model, get_model_weights
 
 import train
 from transfer import weights
 from transfer.checkpoint import load_backbone
-from transfer.weights import DOWNLOAD_TIMEOUT, IMAGENET_URL, find_weights
+from transfer.weights import DOWNLOAD_TIMEOUT, find_weights
 
 
 def test_offline_the_bundled_backbone_stands_in_and_the_run_says_so_twice(sample_run):
     warnings = [line for line in sample_run[0].stderr.splitlines() if line.startswith("warning:")]
     assert len(warnings) == 4 and warnings[:2] == warnings[2:]
     assert "no ImageNet weights" in warnings[0] and "refused" in warnings[0] and "resnet18-grocery.pth" in warnings[0]
-    assert IMAGENET_URL in warnings[1] and "--weights FILE" in warnings[1]
+    assert get_model_weights("resnet18").DEFAULT.url in warnings[1] and "--weights FILE" in warnings[1]
     assert "resnet18-grocery.pth (bundled)" in sample_run[0].stdout
 
 
@@ -38,6 +38,10 @@ def test_an_explicit_wish_for_imagenet_is_never_replaced(colours):
     assert waiting == "downloading ImageNet weights (45 MB) from download.pytorch.org ..."
     assert line.startswith("error: ImageNet weights can't be downloaded") and "--weights FILE" in line
     assert not (colours / "best.pth").exists()
+
+
+def serve_at(monkeypatch, url):
+    monkeypatch.setattr("transfer.weights.imagenet_url", lambda arch: url)
 
 
 @pytest.fixture
@@ -57,7 +61,7 @@ def served(tmp_path, monkeypatch):
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         servers.append(server)
-        monkeypatch.setattr("transfer.weights.IMAGENET_URL", f"http://127.0.0.1:{server.server_port}/{name}")
+        serve_at(monkeypatch, f"http://127.0.0.1:{server.server_port}/{name}")
 
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -102,23 +106,23 @@ REASONS = {"silent": "timed out", "stalled": "timed out", "not there": "Not Foun
 
 @pytest.mark.parametrize("kind", ["refused", "cache is a file", *ANSWERS])
 def test_a_download_that_fails_falls_back_or_ends_and_leaves_no_file(served, job, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("transfer.checkpoint.resnet18", resnet18)
+    monkeypatch.setattr("transfer.architectures.get_model", get_model)
     monkeypatch.setattr("transfer.weights.DOWNLOAD_TIMEOUT", 0.3)
     served(ANSWERS.get(kind, stall))
     if kind == "refused":
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             address = f"http://127.0.0.1:{unused.getsockname()[1]}/resnet18-01234567.pth"
-            monkeypatch.setattr("transfer.weights.IMAGENET_URL", address)
+            serve_at(monkeypatch, address)
     if kind == "cache is a file":
         (tmp_path / "torch").write_bytes(b"")
     reason = {"refused": "refused", "cache is a file": "[Nn]ot a directory|[Ff]ile exists"} | REASONS
     began = time.perf_counter()
-    _, origin, (caveat, fix) = find_weights(None)
+    _, origin, (caveat, fix) = find_weights(None, "resnet18")
     assert "resnet18-grocery.pth (bundled)" in origin
     words = reason.get(kind, "invalid hash value")
     assert re.fullmatch(rf"no ImageNet weights \(.*({words}).*\): using the bundled .*, which is far weaker", caveat)
-    where = f"fetch {weights.IMAGENET_URL} elsewhere and put it at {tmp_path / 'torch'}"
+    where = f"fetch {weights.imagenet_url('resnet18')} elsewhere and put it at {tmp_path / 'torch'}"
     assert fix.startswith(f"for the real ones, {where}")
     status, out, err = job("--weights", "imagenet")
     assert (status, out) == (2, "")
@@ -145,10 +149,10 @@ def test_one_limit_holds_for_all_addresses_of_a_host_together(served, monkeypatc
             each.connect_ex(full.getsockname())
         addresses = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", full.getsockname())] * 6
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses)
-        monkeypatch.setattr("transfer.weights.IMAGENET_URL", "http://127.0.0.1/resnet18-01234567.pth")
+        serve_at(monkeypatch, "http://127.0.0.1/resnet18-01234567.pth")
         monkeypatch.setattr("transfer.weights.DOWNLOAD_TIMEOUT", 1)
         began = time.perf_counter()
-        assert "timed out" in find_weights(None)[2][0]
+        assert "timed out" in find_weights(None, "resnet18")[2][0]
         assert time.perf_counter() - began < 2.5  # each alone would take a second
         for each in queued:
             each.close()
@@ -157,10 +161,10 @@ def test_one_limit_holds_for_all_addresses_of_a_host_together(served, monkeypatc
 def test_looking_up_the_host_is_part_of_the_limit(served, monkeypatch):
     over = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(20) and [])
-    monkeypatch.setattr("transfer.weights.IMAGENET_URL", "http://127.0.0.1/resnet18-01234567.pth")
+    serve_at(monkeypatch, "http://127.0.0.1/resnet18-01234567.pth")
     monkeypatch.setattr("transfer.weights.DOWNLOAD_TIMEOUT", 0.5)
     began = time.perf_counter()
-    assert "timed out" in find_weights(None)[2][0]
+    assert "timed out" in find_weights(None, "resnet18")[2][0]
     assert time.perf_counter() - began < 2
     over.set()
 
@@ -178,7 +182,7 @@ def test_a_slow_download_that_goes_on_is_waited_for(served, monkeypatch):
 
     monkeypatch.setattr("transfer.weights.DOWNLOAD_TIMEOUT", 1)  # of two seconds in all
     served(drip, f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth")
-    assert find_weights(None)[1].startswith("ImageNet")
+    assert find_weights(None, "resnet18")[1].startswith("ResNet-18, ImageNet (")
 
 
 def test_where_the_bundled_weights_lie_on_another_drive_their_whole_path_is_shown(monkeypatch):
@@ -186,8 +190,8 @@ def test_where_the_bundled_weights_lie_on_another_drive_their_whole_path_is_show
         raise ValueError("path is on mount 'D:', start on mount 'C:'")
 
     monkeypatch.setattr(os.path, "relpath", relpath)
-    _, origin, (caveat, _) = find_weights(None)
-    assert origin == f"{BUNDLED} (bundled)" and f"using the bundled {BUNDLED}, which" in caveat
+    _, origin, (caveat, _) = find_weights(None, "resnet18")
+    assert origin == f"ResNet-18, {BUNDLED} (bundled)" and f"using the bundled {BUNDLED}, which" in caveat
 
 
 FIND = """
@@ -196,8 +200,8 @@ from transfer import weights
 from transfer.distributed import join_ranks
 join_ranks()
 for url in sys.argv[1:]:
-    weights.IMAGENET_URL = url
-    print(weights.find_weights(None)[1:], flush=True, file=sys.stderr)
+    weights.imagenet_url = lambda arch: url
+    print(weights.find_weights(None, "resnet18")[1:], flush=True, file=sys.stderr)
 """
 
 
@@ -211,7 +215,8 @@ def test_under_torchrun_one_rank_a_machine_downloads_and_all_find_the_same(serve
 
     name = f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     served(answer, name)
-    urls = [weights.IMAGENET_URL, weights.IMAGENET_URL.replace(name, "resnet18-01234567.pth")]
+    url = weights.imagenet_url("resnet18")
+    urls = [url, url.replace(name, "resnet18-01234567.pth")]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -233,12 +238,12 @@ def test_a_download_that_arrives_is_used_and_kept(served, tmp_path, monkeypatch,
     content = BUNDLED.read_bytes()
     name = f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     served(answer_with(content), name)
-    state, origin, caveats = find_weights(None)
-    assert origin.startswith("ImageNet") and not caveats
-    expected = load_backbone(BUNDLED)
+    state, origin, caveats = find_weights(None, "resnet18")
+    assert origin.startswith("ResNet-18, ImageNet (") and not caveats
+    expected = load_backbone(BUNDLED, "resnet18")
     assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
     assert [path.name for path in (tmp_path / "torch/hub/checkpoints").iterdir()] == [name]
     assert capsys.readouterr().err.startswith("downloading ImageNet weights (45 MB) from 127.0.0.1:")
     served(answer_with(b"", status=404), name)
-    assert find_weights("imagenet")[0].keys() == state.keys()  # from the cache
+    assert find_weights("imagenet", "resnet18")[0].keys() == state.keys()  # from the cache
     assert capsys.readouterr().err == ""

@@ -1,12 +1,12 @@
-"""Checkpoints: files of a ResNet-18 checked, loaded and saved."""
+"""Checkpoints: files of a ResNet checked, loaded and saved."""
 
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet18
 
+from transfer.architectures import entries_of, new_network, titled, told_by
 from transfer.console import UserError, first_three, shown, warn
 from transfer.device import Compute
 from transfer.files import keep_previous, load_untrusted, save_tensors
@@ -18,7 +18,8 @@ ABOUT = "train.py"  # its key in the state dict's _metadata, which a plain load_
 ABOUT_TYPES = {
     "format": int,
     "classes": list,  # of their names, str
-    "backbone": str,
+    "arch": str,  # torchvision's name
+    "backbone": str,  # in words: what it is and whose weights it has
     "chosen_on": str,  # the list whose accuracy chose the epoch
     "epoch": int,
     "accuracy": float,
@@ -60,13 +61,15 @@ def is_plain(value: object) -> bool:
     return value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_nested)
 
 
-def check_resnet18(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The entries of a ResNet-18, finite and of the right shapes. Raises UserError with the first that don't fit."""
-    with torch.device("meta"):
-        expected = resnet18().state_dict()
-    head = state.get("fc.weight")
+def check_state(state: dict[str, Tensor], path: Path, wish: str | None = None) -> tuple[str, dict[str, Tensor]]:
+    """The architecture of a state dict, and its entries, finite and of the right shapes.
+
+    Raises UserError with the first that don't fit, and where it has another architecture than is wished.
+    """
+    arch = told_by(state, wish)
+    expected, head = entries_of(arch), state.get("fc.weight")
     if is_plain(head) and head.dim() == 2 and 0 < len(head) <= MAX_CLASSES:
-        expected["fc.weight"] = torch.empty(len(head), 512, device="meta")
+        expected["fc.weight"] = torch.empty(len(head), expected["fc.weight"].shape[1], device="meta")
         expected["fc.bias"] = torch.empty(len(head), device="meta")
     elif head is None:  # a backbone alone
         expected = {key: value for key, value in expected.items() if not key.startswith("fc.")}
@@ -85,33 +88,38 @@ def check_resnet18(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         elif not given.isfinite().all():
             problems.append(f"{key} has values that are not finite")
     if problems:
-        raise UserError(f"{shown(path)}: does not fit a ResNet-18: {first_three(problems)}; give one made for resnet18")
-    return {key: state[key] if key in state else torch.tensor(0) for key in expected}  # no count: none was tracked
+        misfit = f"does not fit a {titled(arch)}: {first_three(problems)}"
+        raise UserError(f"{shown(path)}: {misfit}; give one made for {wish or arch}")
+    if wish not in (None, arch):
+        raise UserError(f"{shown(path)}: is a {titled(arch)}, not a {titled(wish)}; add --arch {arch}")
+    # Where there is no count, none was tracked.
+    return arch, {key: state[key] if key in state else torch.tensor(0) for key in expected}
 
 
-def load_backbone(path: Path) -> dict[str, Tensor]:
-    """The state dict of a backbone from any ResNet-18 file, its head dropped. Raises UserError."""
-    state = check_resnet18(load_state(path)[0], path)
+def load_backbone(path: Path, arch: str) -> dict[str, Tensor]:
+    """The state dict of a backbone from any file of this architecture, its head dropped. Raises UserError."""
+    _, state = check_state(load_state(path)[0], path, arch)
     return {key: value for key, value in state.items() if not key.startswith("fc.")}
 
 
 def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
-    """A ResNet-18 in inference mode and what is known of it: at least its `classes`, a list of names.
+    """A ResNet in inference mode and what is known of it: at least its `arch`, and its `classes`, a list of names.
 
-    Raises UserError as `load_state` and `check_resnet18` do, and where the file has no head.
+    Raises UserError as `load_state` and `check_state` do, and where the file has no head.
     """
     state, about = load_state(path)
-    state = check_resnet18(state, path)
+    arch, state = check_state(state, path)
     if "fc.weight" not in state:
         raise UserError(f"{shown(path)}: has no head (fc.weight); give the best.pth that train.py saved")
     classes = len(state["fc.weight"])
     with torch.device("meta"):
-        model = resnet18(num_classes=classes)
+        model = new_network(arch, classes)
     model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
     if about is not None and not is_about(about, classes):
         warn(f"{shown(path)}: its class names and history are malformed; going on with class numbers")
         about = None
-    return model.eval(), about or {"classes": [str(label) for label in range(classes)]}
+    # What it is, its weights say themselves, whatever is said of them.
+    return model.eval(), (about or {"classes": [str(label) for label in range(classes)]}) | {"arch": arch}
 
 
 def replaced_by(path: Path) -> str | None:
@@ -146,12 +154,13 @@ def save_checkpoint(path: Path, model: nn.Module, about: dict) -> None:
 
 
 def about_run(
-    flags: dict, names: list[str], origin: str, chosen_on: str, compute: Compute, train_images: int, test_images: int
+    flags: dict, names: list[str], backbone: str, chosen_on: str, compute: Compute, train_images: int, test_images: int
 ) -> dict:
     """What all checkpoints of a run say of it."""
     return {
         "classes": names,
-        "backbone": origin,
+        "arch": flags["arch"],
+        "backbone": backbone,
         "chosen_on": chosen_on,
         "recipe": {flag: value for flag, value in flags.items() if isinstance(value, int | float | str)},
         "device": compute.device.type,

@@ -17,7 +17,7 @@ import torch
 
 from transfer.console import UserError, reason_of, shown
 
-CHECKPOINT_BYTES = 150_000_000  # a ResNet-18 three times: the previous one, the old one and the new one
+COPIES = 3.1  # of a checkpoint that a folder needs room for: the previous one, the old one and the new one; and figures
 
 
 def open_regular(path: str | bytes | os.PathLike) -> io.BufferedReader:
@@ -135,9 +135,9 @@ def check_outputs(flag: str, outputs: Sequence[Path], inputs: Iterable[str | byt
                 raise UserError(f"{flag} {shown(path)}: is read by this run; name another file to write")
 
 
-def prepare_output(path: Path, cache: Path | None, inputs: Iterable[str | bytes | os.PathLike] = ()) -> None:
-    """Check that a checkpoint can be saved there, over none of the inputs, and features kept; sweep what a killed run
-    left. Raises UserError.
+def prepare_output(path: Path, size: int, cache: Path | None, inputs: Iterable[str | bytes | os.PathLike] = ()) -> None:
+    """Check that a checkpoint of so many bytes can be saved there, over none of the inputs, and features kept; sweep
+    what a killed run left. Raises UserError.
     """
     name, folder = shown(path), path.resolve().parent
     if path.is_dir():
@@ -158,8 +158,6 @@ def prepare_output(path: Path, cache: Path | None, inputs: Iterable[str | bytes 
             cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--cache {shown(cache)}: {reason_of(error)}; name a folder") from None
-    if free < CHECKPOINT_BYTES:
-        raise UserError(
-            f"--out {name}: disk full ({free >> 20} MB free, {CHECKPOINT_BYTES >> 20} needed); free some space"
-        )
+    if free < (need := int(COPIES * size)):
+        raise UserError(f"--out {name}: disk full ({free >> 20} MB free, {need >> 20} needed); free some space")
     check_outputs("--out", outputs_of(path), inputs)

@@ -15,7 +15,7 @@ from transfer.device import Compute, free_memory
 from transfer.distributed import my_rank, rank_slice, ranks_here, world_size
 from transfer.lists import check_unread
 
-UNFROZEN_FROM = {"layer4": 7, "layer3": 6, "all": 0}  # places among resnet18's children
+UNFROZEN_FROM = {"layer4": 7, "layer3": 6, "all": 0}  # places among a ResNet's children
 WARM_UP = 0.2  # of all steps
 MEMORY_SHARE = 0.5  # of what is free, that maps may take
 

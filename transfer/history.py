@@ -14,10 +14,10 @@ from transfer.lists import ImageList
 
 
 def print_header(
-    compute: Compute, origin: str, train: ImageList, test: ImageList, classes: int, chosen_on: str, out: Path
+    compute: Compute, backbone: str, train: ImageList, test: ImageList, classes: int, chosen_on: str, out: Path
 ) -> None:
     print(f"device    {compute.device}, {compute.precision}")
-    print(f"backbone  ResNet-18, {origin}")
+    print(f"backbone  {backbone}")
     print(f"data      {len(train):,} training and {len(test):,} test images of {classes} classes")
     print(f"best      epoch chosen on {chosen_on}", flush=True)
     if old := replaced_by(out):

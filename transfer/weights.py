@@ -14,34 +14,39 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torchvision.models import ResNet18_Weights
+from torchvision.models import get_model_weights
 
+from transfer.architectures import titled
 from transfer.checkpoint import load_backbone
 from transfer.console import UserError, shown
 from transfer.distributed import local_rank, my_rank, world_size
 
 BUNDLED_WEIGHTS = Path(__file__).resolve().parent.parent / "food" / "resnet18-grocery.pth"
-IMAGENET_URL = ResNet18_Weights.DEFAULT.url
+BUNDLED_ARCH = "resnet18"
 DOWNLOAD_TIMEOUT = 10  # seconds without another 128 KB, torch's step: slower than that would take an hour
 DOWNLOAD_ERRORS = (OSError, RuntimeError, http.client.HTTPException)
 
 
-def imagenet_path() -> Path:
+def imagenet_url(arch: str) -> str:
+    return get_model_weights(arch).DEFAULT.url
+
+
+def imagenet_path(arch: str) -> Path:
     """Where torchvision keeps its ImageNet weights."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(IMAGENET_URL).name
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(imagenet_url(arch)).name
 
 
-def download_imagenet() -> Path:
+def download_imagenet(arch: str) -> Path:
     """The file of the ImageNet weights, downloaded if need be. Raises one of DOWNLOAD_ERRORS."""
-    path = imagenet_path()
+    path, url = imagenet_path(arch), imagenet_url(arch)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         if my_rank() == 0:
-            host = shown(urlsplit(IMAGENET_URL).netloc)
-            print(f"downloading ImageNet weights (45 MB) from {host} ...", file=sys.stderr, flush=True)
+            size, host = get_model_weights(arch).DEFAULT.meta["_file_size"], shown(urlsplit(url).netloc)
+            print(f"downloading ImageNet weights ({size:.0f} MB) from {host} ...", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
             part = Path(folder) / path.name
-            download(IMAGENET_URL, part)
+            download(url, part)
             os.replace(part, path)
     return path
 
@@ -78,7 +83,7 @@ def download(url: str, path: Path) -> None:
         raise failed[0]
 
 
-def get_imagenet() -> str | None:
+def get_imagenet(arch: str) -> str | None:
     """Bring the ImageNet weights to this machine; why that failed, in words, on all ranks alike.
 
     Under torchrun one rank a machine downloads and the others wait. Where one machine stays without, all do: ranks
@@ -87,7 +92,7 @@ def get_imagenet() -> str | None:
     reason = None
     if local_rank() in (None, 0):
         try:
-            download_imagenet()
+            download_imagenet(arch)
         except DOWNLOAD_ERRORS as error:
             reason = shown(str(getattr(error, "reason", error)))
     reasons = [reason] * world_size()
@@ -104,21 +109,23 @@ def from_here(path: Path) -> str:
         return shown(path)
 
 
-def find_weights(wish: str | None) -> tuple[dict[str, Tensor] | None, str, list[str]]:
-    """The backbone of `--weights`, its origin in words, and what the user must know of it. Raises UserError.
+def find_weights(wish: str | None, arch: str) -> tuple[dict[str, Tensor] | None, str, list[str]]:
+    """The backbone of `--weights` and `--arch`, what it is in words, and what the user must know of it.
 
-    An explicit wish is never replaced; with none, the bundled backbone stands in for ImageNet's.
+    An explicit wish is never replaced; with none, the bundled backbone stands in for ImageNet's of its architecture.
+    Raises UserError.
     """
+    name = titled(arch)
     if wish == "none":
-        return None, "random weights", []
+        return None, f"{name}, random weights", []
     if wish not in (None, "imagenet"):
-        return load_backbone(Path(wish)), shown(wish), []
-    reason = get_imagenet()
+        return load_backbone(Path(wish), arch), f"{name}, {shown(wish)}", []
+    reason, path = get_imagenet(arch), imagenet_path(arch)
     if reason is None:
-        return load_backbone(imagenet_path()), f"ImageNet ({ResNet18_Weights.DEFAULT})", []
-    fix = f"fetch {IMAGENET_URL} elsewhere and put it at {shown(imagenet_path())}, or give it as --weights FILE"
-    if wish == "imagenet":
+        return load_backbone(path, arch), f"{name}, ImageNet ({get_model_weights(arch).DEFAULT})", []
+    fix = f"fetch {imagenet_url(arch)} elsewhere and put it at {shown(path)}, or give it as --weights FILE"
+    if wish == "imagenet" or arch != BUNDLED_ARCH:
         raise UserError(f"ImageNet weights can't be downloaded ({reason}); {fix}")
     bundled = from_here(BUNDLED_WEIGHTS)
     caveat = f"no ImageNet weights ({reason}): using the bundled {bundled}, which is far weaker"
-    return load_backbone(BUNDLED_WEIGHTS), f"{bundled} (bundled)", [caveat, f"for the real ones, {fix}"]
+    return load_backbone(BUNDLED_WEIGHTS, arch), f"{name}, {bundled} (bundled)", [caveat, f"for the real ones, {fix}"]

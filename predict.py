@@ -34,12 +34,12 @@ from transfer.backbone import PASS_BATCH, backbone_of, each_image, embed, embed_
 from transfer.checkpoint import load_checkpoint
 from transfer.console import Help, Progress, UserError, fraction, one_line_errors, shown, whole
 from transfer.device import Compute, pick_compute
-from transfer.images import as_rgb, read_image, upright
+from transfer.files import check_target
+from transfer.folders import images_in, read_folder, relabelled
+from transfer.images import SUFFIXES, as_rgb, read_image, upright
 from transfer.lists import ImageList, ListsError, read_list
 from transfer.piped import OwnPaths, PipedPaths
 from transfer.scores import Scores, likeliest, score_table
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".mpo", ".heic")
 
 
 @dataclass(frozen=True)
@@ -119,34 +119,42 @@ def predict_piped(classifier: Classifier, batch_size: int) -> Iterator[tuple[byt
             pipe.answered()
 
 
-def find_images(arguments: Sequence[str], root: Path) -> tuple[ImageList, bool]:
-    """The images that files, folders and lists name, and whether all have labels. Raises UserError."""
-    parts, problems, labelled = [], [], True
+def find_images(arguments: Sequence[str], root: Path, labelled: bool) -> tuple[list[ImageList], bool]:
+    """The images that files, folders and lists name, a part each, and whether all have labels. Raises UserError.
+
+    labelled: folders are such of class folders.
+    """
+    parts, problems, all_labelled = [], [], True
     for argument in arguments:
         folder = os.path.isdir(argument)
-        if argument.endswith(".txt") and not folder:
-            listed, wrong = read_list(Path(argument), root, check_files=False)  # each has a row
+        if folder and labelled or argument.endswith(".txt") and not folder:
+            # Of a list each line has a row, also that of a missing image.
+            listed, wrong = read_folder(Path(argument)) if folder else read_list(Path(argument), root, False)
             problems += wrong
             parts.append(listed)
             continue
-        labelled, found = False, [os.fsencode(argument)]
+        all_labelled, found = False, [os.fsencode(argument)]
         if folder:
-            found = sorted(
-                os.path.join(inner, name)
-                for inner, _, names in os.walk(os.fsencode(argument))
-                for name in names
-                if os.fsdecode(name).lower().endswith(SUFFIXES)
-            )
+            found, *_ = images_in(os.fsencode(argument))
             if not found:
                 problems.append(f"{shown(argument)}: no image in this folder; their names end in {', '.join(SUFFIXES)}")
         parts.append(ImageList(argument, found, [0] * len(found), range(len(found))))
     if problems:
         raise ListsError(problems)
+    return parts, all_labelled
+
+
+def joined(parts: Sequence[ImageList], classes: Sequence[str], model: Path) -> ImageList:
+    """All parts as one, class folders with the model's labels. Raises UserError where it lacks a class."""
+    if problems := [problem for part in parts if part.names for problem in relabelled(part, classes)]:
+        raise UserError(
+            *problems, f"{shown(model)} was trained on other classes; rename the folders as those are named"
+        )
     if len(parts) == 1:
-        return parts[0], labelled
+        return parts[0]
     paths = [path for part in parts for path in part.paths()]
     labels = [label for part in parts for label in part.labels.tolist()]
-    return ImageList("", paths, labels, range(len(paths))), labelled
+    return ImageList("", paths, labels, range(len(paths)))
 
 
 # What is printed: a row an image
@@ -194,6 +202,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     what = "images, folders, lists ending in .txt, or - for paths on standard input"
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=what)
+    parser.add_argument("--labelled", action="store_true", help="folders hold class folders: say how much is right")
     parser.add_argument("--model", type=Path, default="best.pth", metavar="FILE", help="what train.py saved")
     parser.add_argument(
         "--root", type=Path, default=".", metavar="DIR", help="folder that lists' paths are relative to"
@@ -218,17 +227,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     piped = args.images == ["-"]
-    listed, labelled = (None, False) if piped else find_images(args.images, args.root)
-    if args.report and not labelled:
-        raise UserError("--report: needs labels; give a list of lines with path and label, ending in .txt")
+    parts, labelled = ([], False) if piped else find_images(args.images, args.root, args.labelled)
+    if (args.report or args.labelled) and not labelled:
+        flag = "--report" if args.report else "--labelled"
+        fix = "give lists of lines with path and label, ending in .txt, or folders of class folders and --labelled"
+        raise UserError(f"{flag}: needs labels; {fix}")
     if args.report:
-        from transfer.page import check_target  # what draws is no business of a plain prediction
-        from transfer.report import save_report
+        from transfer.report import save_report  # its drawing is no business of a plain prediction
 
         history = f"{os.path.splitext(args.model)[0]}.csv"
-        check_target("--report", [args.report], [*args.images, args.model, history, *listed.paths()])
+        read = [*args.images, args.model, history, *(path for part in parts for path in part.paths())]
+        check_target("--report", [args.report], read)
     classifier = load(args.model, args.device, args.workers, args.mirror)
     classes = classifier.classes
+    listed = None if piped else joined(parts, classes, args.model)
     if labelled and int(listed.labels.max()) >= len(classes):
         row = int(listed.labels.argmax())
         both = f"label {listed.labels[row]}, but {shown(args.model)} knows {len(classes)} classes, from 0"

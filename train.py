@@ -30,9 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Dataset
 from torchvision import transforms as T
@@ -41,20 +39,21 @@ from torchvision.transforms.functional import hflip
 from transfer import finetune
 from transfer.architectures import ARCHITECTURES, checkpoint_bytes, new_network
 from transfer.audit import audit_lists
-from transfer.audit_page import outputs_beside, save_audit
+from transfer.audit_page import save_audit
 from transfer.backbone import backbone_of, inference_copy
 from transfer.calibration import ENOUGH, calibrate, logits_of
 from transfer.checkpoint import about_run, keep_epoch, load_state
 from transfer.console import Help, UserError, fraction, one_line_errors, paste, positive, shown, warn, whole
-from transfer.device import Compute, pick_compute
+from transfer.device import pick_compute
 from transfer.distributed import from_rank_0, join_ranks, leave_ranks, my_rank
 from transfer.features import Features, extract_features, warn_of_overlap
-from transfer.files import outputs_of, prepare_output
-from transfer.folds import choose_plan, replay_logits, split_validation
+from transfer.files import prepare_outputs
+from transfer.folders import check_split, find_lists, hold_out_test, split_paths
+from transfer.folds import PLANS, choose_plan, replay_logits, split_off
 from transfer.history import History, print_header
 from transfer.images import ImageError, read_image
-from transfer.lists import ImageList, class_names, read_lists
-from transfer.page import check_target
+from transfer.lists import ImageList
+from transfer.scores import Tally, balance
 from transfer.weights import find_weights
 
 FINETUNE_FROM = 5  # epochs of the head: a later one knows its images by heart, and the stages learn less from it
@@ -91,19 +90,6 @@ def draw_views(image: Image.Image, views: Sequence[int], seed: int, index: int) 
             torch.default_generator.manual_seed(int(np.random.SeedSequence((seed, index, view)).generate_state(1)[0]))
             drawn.append(TRAINING_VIEW(resized))
     return torch.from_numpy(np.stack([np.asarray(view) for view in drawn]))
-
-
-def mirror_plan(epoch: int, kept: int) -> list[int]:
-    """Of the kept views those that an epoch, from 1, trains on: evaluation view and mirror image."""
-    return list(range(min(2, kept)))
-
-
-def recipe_plan(epoch: int, kept: int) -> list[int]:
-    """The same, and one of the random views by turns."""
-    return mirror_plan(epoch, kept) + ([2 + (epoch - 1) % (kept - 2)] if kept > 2 else [])
-
-
-PLANS = {"mirror": mirror_plan, "recipe": recipe_plan}
 
 
 class Views(Dataset):
@@ -157,49 +143,40 @@ def build_model(arch: str, classes: int, state: dict[str, Tensor] | None, seed: 
 # Training
 
 
-def mean_over(model: nn.Module, total_loss: float, right: int, count: int) -> tuple[float, float]:
-    """Loss and accuracy over the samples of all ranks that train the model."""
-    totals = torch.tensor([total_loss, right, count], dtype=torch.float64)
-    if isinstance(model, DistributedDataParallel):
-        dist.all_reduce(totals)
-    return (totals[0] / totals[2]).item(), (totals[1] / totals[2]).item()
-
-
 def train_one_epoch(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer, epoch: int
-) -> tuple[float, float]:
-    """Mean loss and accuracy over the epoch's samples, as they were trained on.
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    weight: Tensor | None = None,
+) -> tuple[float, float, float]:
+    """Mean loss, accuracy and macro recall over the epoch's samples, as they were trained on.
 
-    Raises UserError (status 1) where the loss is not finite.
+    weight: of each class in the loss, (C,). Raises UserError (status 1) where the loss is not finite.
     """
-    total_loss, right, count = 0.0, 0, 0
+    tally = Tally(model)
     for step, (inputs, labels) in enumerate(batches, 1):
         logits = model(inputs)
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels, weight, reduction="sum") / len(labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         mean_loss = loss.item()
         if not math.isfinite(mean_loss):
             raise UserError(f"the loss is {mean_loss} in epoch {epoch}, step {step}; try a smaller --lr", status=1)
-        total_loss += mean_loss * len(labels)  # the last batch may be smaller
-        right += (logits.argmax(1) == labels).sum().item()
-        count += len(labels)
-    return mean_over(model, total_loss, right, count)
+        tally.add(mean_loss * len(labels), logits, labels)  # the last batch may be smaller
+    return tally.means()
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    """Mean loss and accuracy over all samples."""
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, float]:
+    """Mean loss, accuracy and macro recall over all samples."""
     # Not through DistributedDataParallel: a rank may have nothing to evaluate, and would miss from its forward pass.
-    network = finetune.inner(model)
-    total_loss, right, count = 0.0, 0, 0
+    network, tally = finetune.inner(model), Tally(model)
     for inputs, labels in batches:
         logits = network(inputs)
-        total_loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        right += (logits.argmax(1) == labels).sum().item()
-        count += len(labels)
-    return mean_over(model, total_loss, right, count)
+        tally.add(F.cross_entropy(logits, labels, reduction="sum").item(), logits, labels)
+    return tally.means()
 
 
 def train_epochs(
@@ -210,7 +187,8 @@ def train_epochs(
     train_batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
     val_batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
     history: History,
-    save: Callable[[int, float], None],
+    save: Callable[[int, float, float], None],
+    weight: Tensor | None = None,
 ) -> None:
     """Train, evaluate, lower the rate where the accuracy has stalled, save the best: the recipe's loop.
 
@@ -218,15 +196,15 @@ def train_epochs(
     """
     for epoch in epochs:
         lr = optimizer.param_groups[0]["lr"]
-        trained = train_one_epoch(model, train_batches(epoch), optimizer, epoch)
-        val_loss, val_accuracy = evaluate(model, val_batches())
-        if not math.isfinite(val_loss):
-            raise UserError(f"the evaluation loss is {val_loss} in epoch {epoch}; try a smaller --lr", status=1)
+        trained = train_one_epoch(model, train_batches(epoch), optimizer, epoch, weight)
+        val = evaluate(model, val_batches())
+        if not math.isfinite(val[0]):
+            raise UserError(f"the evaluation loss is {val[0]} in epoch {epoch}; try a smaller --lr", status=1)
         if plateau:
-            plateau.step(val_accuracy)
-        if val_accuracy > history.best_accuracy and my_rank() == 0:
-            save(epoch, val_accuracy)
-        history.add(epoch, trained, (val_loss, val_accuracy), lr)
+            plateau.step(history.judged(val))
+        if history.is_best(val) and my_rank() == 0:
+            save(epoch, *val[1:])
+        history.add(epoch, trained, val, lr)
 
 
 def train_head(
@@ -240,7 +218,8 @@ def train_head(
     batch_size: int,
     seed: int,
     history: History,
-    save: Callable[[int, float], None],
+    save: Callable[[int, float, float], None],
+    weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Train the head on kept features, in each epoch on the plan's views of every image.
 
@@ -255,20 +234,11 @@ def train_head(
         order = torch.randperm(len(rows), generator=shuffle)
         return train.batches(rows[order], views[order], batch_size)
 
-    early = min(epochs, FINETUNE_FROM)
-    train_epochs(head, optimizer, plateau, range(1, early + 1), train_batches, val_batches, history, save)
+    early, how = min(epochs, FINETUNE_FROM), (train_batches, val_batches, history, save, weight)
+    train_epochs(head, optimizer, plateau, range(1, early + 1), *how)
     start = copy.deepcopy(head.state_dict())
-    train_epochs(head, optimizer, plateau, range(early + 1, epochs + 1), train_batches, val_batches, history, save)
+    train_epochs(head, optimizer, plateau, range(early + 1, epochs + 1), *how)
     return start
-
-
-def judge_test(model: nn.Module, test: ImageList, features: Features | None, compute: Compute) -> tuple[Tensor, Tensor]:
-    """The model's logits (N, C) on the test list, and its labels; from features where its backbone is still frozen."""
-    if features is None:
-        backbone = inference_copy(backbone_of(model), compute)
-        how = {"width": model.fc.in_features, "compute": compute, "alone": True}
-        features = extract_features(backbone, Views(test, [0], seed=0), **how)
-    return logits_of(model.fc.cpu(), features.batches(features.rows, 0, 1024))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -278,8 +248,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=Help,
     )
     add = parser.add_argument_group("data").add_argument
-    add("--train", type=Path, default="train.txt", metavar="LIST", help="training images: a path and a label a line")
-    add("--test", type=Path, default="test.txt", metavar="LIST", help="test images, likewise")
+    add(
+        "--train",
+        type=Path,
+        metavar="PATH",
+        help="list (a path and a label a line) or folder of class folders (train.txt)",
+    )
+    add("--test", type=Path, metavar="PATH", help="the same to test on (test.txt beside it; else a fifth is held out)")
     add("--root", type=Path, default=".", metavar="DIR", help="folder that the lists' paths are relative to")
     add("--classes", type=Path, metavar="FILE", help="class names, one a line (default: the folders' names)")
     add("--val-split", type=fraction, metavar="SHARE", help="choose the epoch on this share of the training list")
@@ -290,8 +265,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--weights", metavar="NAME", help="imagenet (default), none (random), or a FILE that fits --arch")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:N or mps; auto takes the fastest")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of the backbone's arithmetic")
-    stages = tuple(finetune.UNFROZEN_FROM)
-    add("--unfreeze", choices=stages, default="layer4", help="first stage that fine-tuning trains")
+    add("--unfreeze", choices=finetune.UNFROZEN_FROM, default="layer4", help="first stage that fine-tuning trains")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=whole(1), default=20, metavar="N", help="epochs of the head")
     add("--finetune-epochs", type=whole(0), default=0, metavar="N", help="then epochs of the last stages and head")
@@ -299,6 +273,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--lr", type=positive, default=0.005, metavar="RATE", help="Adam's learning rate for the head")
     add("--finetune-lr", type=positive, default=2e-4, metavar="RATE", help="its peak for the stages")
     add("--augment", choices=("auto", *PLANS), default="auto", help="mirror images, or the recipe's random views too")
+    add("--balance", action="store_true", help="weigh classes alike, however many images; choose by macro recall")
     add("--views", type=whole(1), default=4, metavar="V", help="kept of each training image, all but two random")
     add("--seed", type=whole(0), default=0, metavar="N", help="of views, head and shuffling")
     add("--view-seed", type=whole(0), metavar="N", help="of views and split alone (default: --seed)")
@@ -315,52 +290,56 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Everything that can be checked is, before the first expensive step.
     compute = pick_compute(args.device, args.precision, args.workers, training=args.finetune_epochs > 0)
-    train, test = read_lists(args.train, args.test, args.root)
-    names = class_names(train, args.classes)
-    if args.val_split and train.labels.bincount().max() == 1:
-        raise UserError(f"--val-split: {train.name} has one image of each class, none to spare; leave it out")
-    inputs = [path for path in (args.train, args.test, args.classes, args.weights) if path]
-    size = checkpoint_bytes(args.arch, len(names))
-    prepare_output(args.out, size, args.cache, itertools.chain(inputs, train.each_path(), test.each_path()))
-    if args.audit:
-        read = itertools.chain(inputs, train.each_path(), test.each_path())
-        check_target("--audit", outputs_beside(args.audit), read, outputs_of(args.out))
+    train, test, names, test_path = find_lists(args.train, args.test, args.root, args.classes)
+    check_split(train, test, args.val_split)
+    inputs = [path for path in (args.train or "train.txt", test_path, args.classes, args.weights) if path]
+    read = lambda: itertools.chain(inputs, *(listed.each_path() for listed in (train, test) if listed))  # noqa: E731
+    written = {"cache": args.cache, "audit": args.audit, "lists": [] if test else split_paths(args.out)}
+    prepare_outputs(args.out, checkpoint_bytes(args.arch, len(names)), read, **written)
     join_ranks()
     weights, origin, caveats = find_weights(args.weights, args.arch)  # one rank a machine downloads them
     warn(*caveats)
-    chosen_on = f"{args.val_split:.0%} of {train.name}" if args.val_split else test.name
-    print_header(compute, origin, train, test, len(names), chosen_on, args.out)
+    test_path = test_path or split_paths(args.out)[1]
+    chosen_on = f"{args.val_split:.0%} of {train.name}" if args.val_split else shown(test_path)
+    print_header(compute, origin, train, test, names, chosen_on, args.out, args.balance)
 
     # One pass. The list in which no image may be unreadable comes first, so that one does not end the run after the
     # longest.
     model = build_model(args.arch, len(names), weights, args.seed)
-    backbone, width = inference_copy(backbone_of(model), compute), model.fc.in_features
-    extract = functools.partial(extract_features, backbone, width=width, compute=compute, cache=args.cache)
+    how = {"width": model.fc.in_features, "compute": compute}
+    extract = functools.partial(extract_features, inference_copy(backbone_of(model), compute), cache=args.cache, **how)
     view_seed = args.seed if args.view_seed is None else args.view_seed
     views = range(min(args.views, 2) if args.augment == "mirror" else args.views)
-    test_features = val = extract(Views(test, [0], view_seed))
-    features = listed = extract(Views(train, views, view_seed), tolerated=max(1, len(train) // 100))
-    if my_rank() == 0:
+    test_features = test and extract(Views(test, [0], view_seed))
+    features = extract(Views(train, views, view_seed), tolerated=max(1, len(train) // 100))
+    if not test:
+        train, features, test, test_features = hold_out_test(train, features, args.out, view_seed)
+    elif my_rank() == 0:
         warn_of_overlap(train, test, features, test_features)
+    listed, val = features, test_features
     if args.val_split:
-        features, val = split_validation(features, args.val_split, view_seed)
+        spare = "--val-split: each class is a single scene, none to spare; leave it out"
+        features, val = split_off(features, args.val_split, view_seed, spare)
     common = {"batch_size": args.batch_size, "seed": args.seed}
+    weight = balance(features.labels[features.rows], len(names)) if args.balance else None
     about = about_run(vars(args), names, origin, chosen_on, compute, len(features.rows), len(test))
     save = functools.partial(keep_epoch, args.out, model, about, began)
-    history, early, network = History(args.out, "val" if args.val_split else "test"), None, None
-    val_batches = functools.partial(val.batches, val.rows, 0, args.batch_size)
+    history = History(args.out, "val" if args.val_split else "test", args.balance)
+    early, network, val_batches = None, None, functools.partial(val.batches, val.rows, 0, args.batch_size)
     if my_rank() == 0:  # on the CPU: the head is so small that a device's launch times would cost more
         plan, why = choose_plan(features, PLANS, args.augment, epochs=args.epochs, lr=args.lr, **common)
         print(f"views     {why}", flush=True)
-        head = {"epochs": args.epochs, "lr": args.lr, "history": history, "save": save, **common}
+        head = {"epochs": args.epochs, "lr": args.lr, "history": history, "save": save, "weight": weight, **common}
         early = train_head(model.fc, features, plan, val_batches, **head)
     if args.finetune_epochs:
         sides, once = Views(train, [0, 1], view_seed), Views(train if args.val_split else test, [0], view_seed)
-        how = {"stage": args.unfreeze, "epochs": args.finetune_epochs, "rates": (args.finetune_lr, args.lr / 5)}
         lists = (sides, features.rows), (once, val.rows)
-        stages, *rest = finetune.prepare(model, from_rank_0(early), *lists, compute=compute, **how, **common)
+        rates = {"epochs": args.finetune_epochs, "rates": (args.finetune_lr, args.lr / 5)}
+        tuning = {"stage": args.unfreeze, "compute": compute, **rates, **common}
+        stages, *rest = finetune.prepare(model, from_rank_0(early), *lists, **tuning)
         epochs = range(args.epochs + 1, args.epochs + args.finetune_epochs + 1)
-        train_epochs(stages, rest[0], None, epochs, *rest[1:], history, save)
+        weight = weight if weight is None else weight.to(compute.device)
+        train_epochs(stages, rest[0], None, epochs, *rest[1:], history, save, weight)
         if history.best_epoch > args.epochs:
             network, val_batches = finetune.inner(stages), rest[-1]
 
@@ -370,20 +349,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.val_split and network is None:  # its images are few to fit a number on, and training has more
             told += replay_logits(features, plan, history.rates(), **common)
         temperature = calibrate(model.fc, told)
-        save(history.best_epoch, history.best_accuracy, temperature=temperature)
+        save(history.best_epoch, *history.best, temperature=temperature)
         warn(*caveats)
         print(f"saved     {shown(args.out)} and {shown(history.path)} in {time.perf_counter() - began:.1f} s")
-        best = f"{history.best_accuracy:.2%}, epoch {history.best_epoch}"
-        print(f"best      {history.chooser} accuracy {best} ({chosen_on})")
-        if args.val_split or args.audit:
-            logits, labels = judge_test(model, test, None if network else test_features, compute)
+        print(f"best      {history.chooser} {history.said(history.best)}, epoch {history.best_epoch} ({chosen_on})")
+        judged = test_features
+        if network and (args.val_split or args.audit):  # its features are others than the frozen backbone's
+            tuned = inference_copy(backbone_of(model), compute)
+            judged = extract_features(tuned, Views(test, [0], view_seed), alone=True, **how)
+        batches = functools.partial(judged.batches, judged.rows, 0, 1024)
         if args.val_split:
-            print(f"test      accuracy {(logits.argmax(1) == labels).double().mean():.2%}, scored once")
+            print(f"test      {history.said(evaluate(model.fc.cpu(), batches())[1:])}, scored once")
         if args.audit:
-            sides = (Views(train, [0], view_seed), listed), (Views(test, [0], view_seed), test_features)
-            found = audit_lists(*sides, logits, epochs=args.epochs, lr=args.lr, compute=compute, **common)
+            parts = (Views(train, [0], view_seed), listed), (Views(test, [0], view_seed), test_features)
+            logits, _ = logits_of(model.fc.cpu(), batches())
+            found = audit_lists(*parts, logits, epochs=args.epochs, lr=args.lr, compute=compute, **common)
             print(f"audit     {save_audit(args.audit, found, names, args.out)}")
-        print(f"next      {paste('predict.py', args.test, args.out, args.root)}")
+        print(f"next      {paste('predict.py', test_path, args.out, args.root)}")
         if not args.audit:
             print("          or again with --audit audit.html: labels that look wrong, copies, outliers")
     leave_ranks()

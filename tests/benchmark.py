@@ -298,14 +298,17 @@ def row_ece_tuned(folder: Path, args) -> tuple:
     return calibration_error(folder, "--finetune-epochs", 10)
 
 
-class Best:
-    """In place of a `History`: the best accuracy and the last, and nothing written."""
+class Silent:
+    """In place of a `History`: nothing is best, and nothing written."""
 
-    def __init__(self):
-        self.best_accuracy, self.last = -1.0, 0.0
+    def judged(self, val: tuple) -> float:
+        return val[1]
 
-    def add(self, epoch: int, trained: tuple, val: tuple, lr: float) -> None:
-        self.best_accuracy, self.last = max(self.best_accuracy, val[1]), val[1]
+    def is_best(self, val: tuple) -> bool:
+        return False
+
+    def add(self, *_) -> None:
+        pass
 
 
 def both_lists(views: Sequence[int]) -> dict:
@@ -340,7 +343,7 @@ def train_on(features: object, tests: Sequence, plan: Callable, seed: int) -> tu
 
     import train
 
-    head, history, others = train.build_model("resnet18", 20, None, seed).fc, Best(), []
+    head, history, others = train.build_model("resnet18", 20, None, seed).fc, Silent(), []
 
     def val_batches() -> Iterator:
         with torch.no_grad():
@@ -394,8 +397,7 @@ def compare_views() -> None:
     """Test accuracy, mean and spread of 3 head seeds, by what the head trains on: on the sample, on its lists swapped,
     and on the sample's test list turned and dimmed.
     """
-    import train
-    from transfer.folds import choose_plan
+    from transfer.folds import PLANS, choose_plan, mirror_plan, recipe_plan
 
     lists = both_lists(range(6))
     options = {"epochs": EPOCHS, "lr": 0.005, "batch_size": 64, "seed": 0}
@@ -404,8 +406,8 @@ def compare_views() -> None:
         "4 random views, one an epoch": lambda t, kept: [2 + (t - 1) % 4],
         "evaluation view": lambda t, kept: [0],
         "evaluation view and mirror image, one an epoch": lambda t, kept: [(t - 1) % 2],
-        "both in every epoch (`--augment mirror`)": train.mirror_plan,
-        "and a random view (`--augment recipe`)": lambda t, kept: train.recipe_plan(t, 4),
+        "both in every epoch (`--augment mirror`)": mirror_plan,
+        "and a random view (`--augment recipe`)": lambda t, kept: recipe_plan(t, 4),
         "`--augment auto`": None,
     }
     say = lambda values: f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"  # noqa: E731
@@ -414,18 +416,18 @@ def compare_views() -> None:
     for name, plan in plans.items():
         cells, sides = [], []
         for here, there in (("train", "test"), ("test", "train")):
-            chosen = plan or choose_plan(first_views(lists[here], 4), train.PLANS, "auto", **options)[0]
+            chosen = plan or choose_plan(first_views(lists[here], 4), PLANS, "auto", **options)[0]
             runs = [train_on(lists[here], [lists[there], lists[f"{there} turned"]], chosen, seed) for seed in range(3)]
             both = list(zip(*(scores for scores, _ in runs), strict=True))
             cells.append([" / ".join(map(say, zip(*each, strict=True))) for each in both])
             sides.append([share_right(head, lists[there], 2) - scores[0][1] for scores, head in runs])
         print(f"| {name} | {cells[0][0]} % | {cells[1][0]} % | {cells[0][1]} % |", flush=True)
-        if plan is train.mirror_plan:
+        if plan is mirror_plan:
             gains = [statistics.mean(each) for each in sides]
     ceilings = [best_ceiling(lists["train"], lists["test"]), best_ceiling(lists["test"], lists["train"])]
     print(f"| logistic regression at its best C | {ceilings[0][0]:.1f} % | {ceilings[1][0]:.1f} % | |")
     began = time.perf_counter()
-    train_on(lists["train"], [lists["test"]], train.mirror_plan, 0)
+    train_on(lists["train"], [lists["test"]], mirror_plan, 0)
     ours = time.perf_counter() - began
     print(
         f"\n{ceilings[0][1]:.1f} s for logistic regression and its C, {ours:.1f} s for ours on the sample's features."

@@ -35,8 +35,8 @@ import train  # noqa: E402
 import transfer.backbone  # noqa: E402
 from transfer.checkpoint import ABOUT, check_state, is_about, load_checkpoint, load_state  # noqa: E402
 from transfer.console import UserError  # noqa: E402
+from transfer.folders import find_lists  # noqa: E402
 from transfer.images import ImageError, read_image  # noqa: E402
-from transfer.lists import read_lists  # noqa: E402
 
 HANG, MEMORY = 30, 1 << 30  # seconds an input, and bytes above start-up
 NUMBERS = (0, 1, 0x7F7F7F7F, 0x80, 2**15, 2**31, 2**32 - 1)
@@ -67,12 +67,13 @@ def image_files() -> list[bytes]:
     save("WEBP", "RGB RGBA")
     save("WEBP", "RGBA", lossless=True)
     save("GIF", "P", transparency=3)
+    save("AVIF", "L RGB RGBA")
     save("BMP", "1 L P RGB RGBA")
     save("TIFF", "1 L LA P RGB RGBA CMYK I F")
     save("TIFF", "1", compression="group4")
     for compression in ("tiff_lzw", "tiff_deflate", "packbits", "jpeg"):
         save("TIFF", "RGB", compression=compression)
-    for format in ("MPO", "PNG", "WEBP", "GIF", "TIFF"):
+    for format in ("MPO", "PNG", "WEBP", "GIF", "TIFF", "AVIF"):
         save(format, "RGB", save_all=True, append_images=[colour.convert("RGB").rotate(turn) for turn in (90, 180)])
     return [file.getvalue() for file in files]
 
@@ -125,7 +126,7 @@ def lists() -> tuple:
     def check(content: bytes) -> None:
         Path("list.txt").write_bytes(content)
         with contextlib.suppress(UserError), contextlib.redirect_stderr(io.StringIO()):
-            photos, _ = read_lists(Path("list.txt"), Path("plain.txt"), Path())
+            photos, *_ = find_lists(Path("list.txt"), Path("plain.txt"), Path(), None)
             written = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
             for path, label, line in zip(photos.paths(), photos.labels.tolist(), photos.lines.tolist(), strict=True):
                 listed, number = written[line - 1].rsplit(None, 1)
@@ -206,7 +207,7 @@ def peak() -> int:
 def save_every_epoch() -> None:
     """Training that saves a whole ResNet-18 in each of endless epochs."""
     scores = itertools.count()
-    train.evaluate = lambda *_, **__: (0.5, float(next(scores)))
+    train.evaluate = lambda *_, **__: (0.5, float(next(scores)), 0.0)
     transfer.backbone.embed = lambda module, views, *_, **__: views.flatten(1)[:, :512].float()
     torch.nn.init.kaiming_normal_ = lambda tensor, **_: tensor
     os.fsync = lambda _: None  # it guards against a power cut; the page cache outlives the process

@@ -115,7 +115,7 @@ def test_whichever_write_fails_the_last_whole_files_stay(job, monkeypatch, call,
             Path(name).write_bytes(content)
         with monkeypatch.context() as patch:
             scores = iter((0.1, 0.2))  # both epochs save
-            patch.setattr(train, "evaluate", lambda *_, scores=scores: (0.5, next(scores)))
+            patch.setattr(train, "evaluate", lambda *_, scores=scores: (0.5, next(scores), 0.0))
             faults = Faults(patch, call, number, getattr(errno, code))
             status, _, err = job("--epochs", 2)
         whole = old | faults.whole

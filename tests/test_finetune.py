@@ -29,7 +29,7 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 def script_accuracies(monkeypatch, *accuracies):
     """Let the evaluations give these accuracies, one after the other."""
     coming = iter(accuracies)
-    monkeypatch.setattr(train, "evaluate", lambda model, batches: (1.0, next(coming)))
+    monkeypatch.setattr(train, "evaluate", lambda model, batches: (1.0, next(coming), 0.0))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -68,11 +68,11 @@ def test_fine_tuning_is_off_unless_asked_for(few, quick, monkeypatch):
 
 
 def test_fine_tuning_starts_from_an_early_head_and_best_pth_keeps_the_best(few, quick, monkeypatch):
-    def train_one_epoch(model, batches, optimizer, epoch):
+    def train_one_epoch(model, batches, optimizer, epoch, weight):
         if epoch == 9:
             start.append(model.head.weight.clone())
-            return 1.0, 0.5
-        return original(model, batches, optimizer, epoch)
+            return 1.0, 0.5, 0.5
+        return original(model, batches, optimizer, epoch, weight)
 
     start, original = [], train.train_one_epoch
     monkeypatch.setattr("transfer.finetune.embed_in_order", cheap_trunk(embed_in_order))
@@ -103,11 +103,11 @@ def test_best_pth_is_replaced_only_where_fine_tuning_beats_the_head(few, monkeyp
 
 
 def test_epochs_count_on_and_each_part_has_its_own_rates(few, quick, monkeypatch):
-    def train_one_epoch(model, batches, optimizer, epoch):
+    def train_one_epoch(model, batches, optimizer, epoch, weight):
         rates.append([group["lr"] for group in optimizer.param_groups])
         for _ in batches if epoch > 7 else ():
             optimizer.step()  # which has nothing to do, and the schedule counts
-        return 1.0, 0.5
+        return 1.0, 0.5, 0.5
 
     rates = []
     monkeypatch.setattr("transfer.finetune.embed_in_order", cheap_trunk(embed_in_order))

@@ -7,21 +7,22 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import train
 from transfer.console import UserError
 from transfer.features import Features
 from transfer.folds import (
+    PLANS,
     choose_plan,
     draw_folds,
     hold_out,
     learnable,
+    mirror_plan,
     near_duplicates,
     out_of_fold_logits,
     replay_logits,
-    split_validation,
+    split_off,
 )
 
-HOW = {"plan": train.mirror_plan, "batch_size": 64, "seed": 0}
+HOW = {"plan": mirror_plan, "batch_size": 64, "seed": 0}
 
 
 def scenes(classes=6, per_class=8, copies=3, width=64, seed=0):
@@ -147,7 +148,7 @@ def test_a_split_of_a_fifth_takes_a_fifth_of_each_class_and_another_seed_another
 
 def test_the_splits_accuracy_flatters_less_than_a_plain_ones(sample):
     features = sample["train"]
-    train_part, val = split_validation(features, 0.2, seed=0)
+    train_part, val = split_off(features, 0.2, 0, "none to spare")
     assert sorted(train_part.rows.tolist() + val.rows.tolist()) == features.rows.tolist()
     groups = near_duplicates(features.take(features.rows, 0), features.labels)
     assert not set(groups[train_part.rows].tolist()) & set(groups[val.rows].tolist())
@@ -155,8 +156,8 @@ def test_the_splits_accuracy_flatters_less_than_a_plain_ones(sample):
 
 def test_where_each_class_is_one_image_there_is_nothing_to_split():
     features = Features([torch.randn(3, 1, 8)], 3, torch.arange(3))
-    with pytest.raises(UserError, match="--val-split: each class is a single scene, none to spare"):
-        split_validation(features, 0.2, seed=0)
+    with pytest.raises(UserError, match="none to spare"):
+        split_off(features, 0.2, 0, "none to spare")
 
 
 # The choice
@@ -168,7 +169,7 @@ def of_views(first, second, labels):
 
 
 def choose(features, wish="auto"):
-    plan, why = choose_plan(features, train.PLANS, wish, epochs=20, lr=0.005, batch_size=64, seed=0)
+    plan, why = choose_plan(features, PLANS, wish, epochs=20, lr=0.005, batch_size=64, seed=0)
     return plan.__name__.removesuffix("_plan"), why
 
 
@@ -197,4 +198,4 @@ def test_where_classes_are_too_many_for_seconds_the_choice_is_not_made_and_says_
     monkeypatch.setattr("transfer.folds.WORK", 6 * 100)
     assert choose(of_views(features, features, labels))[1].endswith("right out of fold of 100 images)")
     part = of_views(features, features, labels)
-    assert replay_logits(part, train.mirror_plan, [0.005], batch_size=64, seed=0) == []
+    assert replay_logits(part, mirror_plan, [0.005], batch_size=64, seed=0) == []

@@ -226,6 +226,7 @@ def bombs(side):
         *(encoded(colour, f) for f in ("BMP", "TIFF")),
         encoded(colour, "WEBP", lossless=True),
     )
+    avif = encoded(colour, "AVIF")
     entries = {
         tag: tiff.index(struct.pack("<HH", tag, 4))
         if struct.pack("<HH", tag, 4) in tiff
@@ -241,11 +242,12 @@ def bombs(side):
         "GIF": patched(gif, 6, struct.pack("<HH", side, side)),
         "BMP": patched(bmp, 18, struct.pack("<ii", side, side)),
         "TIFF": tiff,
+        "AVIF": patched(avif, avif.index(b"ispe") + 8, struct.pack(">II", *[min(side, 16384)] * 2)),
         "WEBP": patched(webp, 21, (webp_side | webp_side << 14).to_bytes(4, "little")),
     }
 
 
-LIMIT = r"^(9460x9460 pixels, )?over the limit of (89,478,485|29,826,161 for WebP)( pixels)?$"
+LIMIT = r"^(9460x9460 pixels, )?over the limit of (89,478,485|29,826,161 for (WEBP|AVIF))( pixels)?$"
 
 
 @pytest.mark.parametrize("side", [9460, 50000])

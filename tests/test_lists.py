@@ -230,7 +230,7 @@ def test_paths_found_only_beside_the_list_get_the_root_as_hint(job, monkeypatch)
 def test_a_missing_list_gets_one_line(job):
     os.remove("train.txt")
     words = os.strerror(errno.ENOENT).lower()
-    assert job() == (2, "", f"error: train.txt: {words}; name an existing text file\n")
+    assert job() == (2, "", f"error: train.txt: {words}; name a list, or a folder of class folders\n")
 
 
 def test_gaps_and_classes_of_one_image_get_a_warning_that_names_them(job):

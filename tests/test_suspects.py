@@ -5,8 +5,7 @@ import torch
 from cleanlab.rank import get_label_quality_scores
 from sklearn.metrics import average_precision_score
 
-import train
-from transfer.folds import draw_folds, out_of_fold_logits
+from transfer.folds import draw_folds, mirror_plan, out_of_fold_logits
 from transfer.suspects import judge_labels, judge_out_of_fold, likeliest_share
 
 RATES = [0.005] * 20
@@ -77,7 +76,7 @@ def test_a_model_that_knows_too_little_says_so_and_calls_no_label_wrong(sample, 
 def test_the_order_is_that_of_cleanlabs_self_confidence(sample, table):
     labels = swapped(sample["train"].labels, 0.05, 1)
     fold = draw_folds(labels, torch.arange(len(labels)))
-    how = {"plan": train.mirror_plan, "batch_size": 64, "seed": 0}
+    how = {"plan": mirror_plan, "batch_size": 64, "seed": 0}
     logits = out_of_fold_logits(table, labels, fold, 20, RATES, **how)
     found = judge_labels(logits, labels)
     probs = (logits.double() / found.temperature).softmax(1).numpy()

@@ -68,8 +68,8 @@ def test_mean_losses_count_samples_not_batches():
     features = Features([inputs], 3, labels)
     still = torch.optim.SGD(model.parameters(), lr=0.0)
     batches = lambda: features.batches(torch.arange(3), 0, 2)  # noqa: E731
-    assert train.train_one_epoch(model, batches(), still, 1) == pytest.approx((expected, 1 / 3))
-    assert train.evaluate(model, batches()) == pytest.approx((expected, 1 / 3))
+    assert train.train_one_epoch(model, batches(), still, 1) == pytest.approx((expected, 1 / 3, 1 / 3))
+    assert train.evaluate(model, batches()) == pytest.approx((expected, 1 / 3, 1 / 3))
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from torch.utils.data import Dataset
 from transfer.device import Compute
 from transfer.features import Features
 from transfer.files import save_atomically
-from transfer.folds import WORK, Dealt, components, draw_folds, hold_out, learnable, out_of_fold_logits
+from transfer.folds import WORK, Dealt, components, draw_folds, hold_out, learnable, mirror_plan, out_of_fold_logits
 from transfer.lists import ImageList
 from transfer.neighbours import candidates, copies, nearest, thumbnails
-from transfer.suspects import Labels, all_views, judge_labels, judge_out_of_fold
+from transfer.suspects import Labels, judge_labels, judge_out_of_fold
 
 KINDS = ("label", "conflict", "leak", "duplicate", "outlier")
 COLUMNS = ("list", "line", "path", "kind", "label", "suggestion", "score", "other")
@@ -217,7 +217,7 @@ def learning_curve(images: Dealt, classes: int, rates: Sequence[float], batch_si
                 kept = hold_out(images.labels, images.groups, share, draw).nonzero().flatten()
             fold = draw_folds(images.labels, images.groups, seed=draw)
             known = learnable(images.labels, fold)
-            how = {"plan": all_views, "batch_size": batch_size, "seed": draw, "kept": kept}
+            how = {"plan": mirror_plan, "batch_size": batch_size, "seed": draw, "kept": kept}
             logits = out_of_fold_logits(images.table, images.labels, fold, classes, rates, **how)
             right = (logits.argmax(1) == images.labels)[known]
             accuracy[step, draw] = right.double().mean()

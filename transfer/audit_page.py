@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transfer.audit import Audit, Curve, Finding, save_findings
 from transfer.console import shown
-from transfer.files import save_atomically
+from transfer.files import save_atomically, with_table
 from transfer.page import (
     BOTTOM,
     HEIGHT,
@@ -193,11 +193,6 @@ def curve_section(curve: Curve | None, names: Sequence[str]) -> str:
 # The page
 
 
-def outputs_beside(path: Path) -> list[Path]:
-    """What an audit writes: its page, and its findings as CSV."""
-    return [path, path.with_suffix(".csv")]
-
-
 def save_audit(path: Path, audit: Audit, names: Sequence[str], model: Path) -> str:
     """Draw the audit of both lists, and write its findings beside it. Returns what was found, in words.
 
@@ -215,7 +210,7 @@ def save_audit(path: Path, audit: Audit, names: Sequence[str], model: Path) -> s
         f'<div><p class="name">{name}</p><span class="big" id="{key}">{count:,}</span></div>'
         for name, key, count in figures
     )
-    _, table = outputs_beside(path)
+    _, table = with_table(path)
     header = (
         f'<p class="eyebrow">Photo audit</p><h1>{lists}</h1><p class="lede">{len(audit.train.rows):,} training and '
         f"{len(audit.test.rows):,} test images of {len(names):,} classes, by what {plain(model)} is built on. "

@@ -23,6 +23,7 @@ ABOUT_TYPES = {
     "chosen_on": str,  # the list whose accuracy chose the epoch
     "epoch": int,
     "accuracy": float,
+    "recall": float,  # macro, at the same epoch
     "seconds": float,
     "temperature": float,  # that the head's weights were divided by
     "date": str,
@@ -171,10 +172,14 @@ def about_run(
     }
 
 
-def keep_epoch(out: Path, model: nn.Module, about: dict, began: float, epoch: int, accuracy: float, **more) -> None:
+def keep_epoch(
+    out: Path, model: nn.Module, about: dict, began: float, epoch: int, accuracy: float, recall: float, **more
+) -> None:
     """Save the best epoch so far. The first one keeps what lay there before under another name."""
     if epoch == 1 and not more:
         keep_previous(out)
         keep_previous(out.with_suffix(".csv"))
     seconds = round(time.perf_counter() - began, 3)
-    save_checkpoint(out, model, {**about, "epoch": epoch, "accuracy": accuracy, "seconds": seconds, **more})
+    save_checkpoint(
+        out, model, {**about, "epoch": epoch, "accuracy": accuracy, "recall": recall, "seconds": seconds, **more}
+    )

@@ -57,7 +57,7 @@ def paste(script: str, test: Path, model: Path, root: Path) -> str:
     """The command that shows what a model gets wrong, to be pasted into a shell in this folder."""
     path = Path(__file__).resolve().parent.parent / script
     command = ["python", str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)]
-    command += [str(test), "--report", "report.html"]
+    command += [str(test), *(["--labelled"] if test.is_dir() else []), "--report", "report.html"]
     command += ["--model", str(model)] if model != Path("best.pth") else []
     command += ["--root", str(root)] if root != Path() else []
     return shlex.join(command)

@@ -33,11 +33,19 @@ class Features:
         readable = torch.ones(len(labels), dtype=torch.bool)
         readable[list(self.unread)] = False
         self.rows = readable.nonzero().flatten()
+        self.places = None  # of the images in the chunks, where these hold others too
 
     def only(self, rows: Tensor) -> "Features":
         """The same features, of which these rows are meant."""
         part = copy.copy(self)
         part.rows = rows
+        return part
+
+    def subset(self, rows: Tensor) -> "Features":
+        """The features of these images alone, numbered anew."""
+        part = copy.copy(self)
+        part.places = rows if self.places is None else self.places[rows]
+        part.labels, part.rows, part.unread = self.labels[rows], torch.arange(len(rows)), {}
         return part
 
     @property
@@ -46,6 +54,7 @@ class Features:
 
     def take(self, rows: Tensor, views: int | Tensor | slice) -> Tensor:
         """Of some rows one view, the same or each its own, (len(rows), D); or several, (len(rows), V, D)."""
+        rows = rows if self.places is None else self.places[rows]
         if len(self.chunks) == 1:
             return self.chunks[0][rows, views]
         taken = None
@@ -68,7 +77,8 @@ class Features:
         odd = torch.randint(-(2**62), 2**62, (width,), generator=torch.Generator().manual_seed(0)) | 1
         # Sums of the bits as integers, each times a random number, modulo 2**64; in slices, to bound the memory.
         slices = (part[:, 0].contiguous() for chunk in self.chunks for part in chunk.split(CHUNK_ROWS))
-        return torch.cat([(features.view(torch.int32).long() * odd).sum(1) for features in slices])
+        digests = torch.cat([(features.view(torch.int32).long() * odd).sum(1) for features in slices])
+        return digests if self.places is None else digests[self.places]
 
 
 def extract_features(

@@ -10,7 +10,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -135,9 +135,17 @@ def check_outputs(flag: str, outputs: Sequence[Path], inputs: Iterable[str | byt
                 raise UserError(f"{flag} {shown(path)}: is read by this run; name another file to write")
 
 
-def prepare_output(path: Path, size: int, cache: Path | None, inputs: Iterable[str | bytes | os.PathLike] = ()) -> None:
-    """Check that a checkpoint of so many bytes can be saved there, over none of the inputs, and features kept; sweep
-    what a killed run left. Raises UserError.
+def prepare_outputs(
+    path: Path,
+    size: int,
+    inputs: Callable[[], Iterable[str | bytes | os.PathLike]],
+    *,
+    cache: Path | None = None,
+    audit: Path | None = None,
+    lists: Sequence[Path] = (),
+) -> None:
+    """Check that a checkpoint of so many bytes, an audit and lists can be saved there, over none of the inputs, and
+    features kept; sweep what a killed run left. Raises UserError.
     """
     name, folder = shown(path), path.resolve().parent
     if path.is_dir():
@@ -147,7 +155,7 @@ def prepare_output(path: Path, size: int, cache: Path | None, inputs: Iterable[s
     try:
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
-        for saved in outputs_of(path):
+        for saved in (*outputs_of(path), *lists):
             for stale in saved.resolve().parent.glob(f".{glob.escape(saved.resolve().name)}.*.tmp"):
                 stale.unlink(missing_ok=True)
     except OSError as error:
@@ -160,4 +168,31 @@ def prepare_output(path: Path, size: int, cache: Path | None, inputs: Iterable[s
         raise UserError(f"--cache {shown(cache)}: {reason_of(error)}; name a folder") from None
     if free < (need := int(COPIES * size)):
         raise UserError(f"--out {name}: disk full ({free >> 20} MB free, {need >> 20} needed); free some space")
-    check_outputs("--out", outputs_of(path), inputs)
+    check_outputs("--out", [*outputs_of(path), *lists], inputs())
+    if audit:
+        check_target("--audit", with_table(audit), inputs(), [*outputs_of(path), *lists])
+
+
+def with_table(page: Path) -> list[Path]:
+    """A page, and the table that is written beside it."""
+    return [page, page.with_suffix(".csv")]
+
+
+def check_target(
+    flag: str, outputs: Sequence[Path], inputs: Iterable[str | bytes | os.PathLike], others: Sequence[Path] = ()
+) -> None:
+    """Raises UserError where a page, and what lies beside it, can't be written, would replace one of the inputs, or one
+    of the run's other outputs.
+    """
+    page = outputs[0]
+    try:
+        with tempfile.TemporaryFile(dir=page.parent):
+            pass
+    except OSError as error:
+        why = f"can't write in {shown(page.parent)} ({reason_of(error)})"
+        raise UserError(f"{flag} {shown(page)}: {why}; name a file in another folder") from None
+    written = {other.resolve() for other in others}
+    for number, path in enumerate(outputs):
+        if path.resolve() in written or path in outputs[:number]:
+            raise UserError(f"{flag} {shown(page)}: {shown(path)} is written by this run already; name another file")
+    check_outputs(flag, outputs, inputs)

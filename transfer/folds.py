@@ -28,6 +28,19 @@ FEW = 5  # images a class, below which a part of the list says nothing
 MOST_EPOCHS = 20  # that are compared
 
 
+def mirror_plan(epoch: int, kept: int) -> list[int]:
+    """Of the kept views those that an epoch, from 1, trains on: evaluation view and mirror image."""
+    return list(range(min(2, kept)))
+
+
+def recipe_plan(epoch: int, kept: int) -> list[int]:
+    """The same, and one of the random views by turns."""
+    return mirror_plan(epoch, kept) + ([2 + (epoch - 1) % (kept - 2)] if kept > 2 else [])
+
+
+PLANS = {"mirror": mirror_plan, "recipe": recipe_plan}
+
+
 def near_duplicates(features: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
     """Groups (N,), numbered from 0, of images of one class that may show the same scene.
 
@@ -190,16 +203,16 @@ def hold_out(labels: Tensor, groups: Tensor, fraction: float, seed: int) -> Tens
     return held
 
 
-def split_validation(features: Features, fraction: float, seed: int) -> tuple[Features, Features]:
+def split_off(features: Features, fraction: float, seed: int, none_to_spare: str) -> tuple[Features, Features]:
     """What is left to train on, and a fraction of each class, drawn by seed: photos of one scene on one side, since a
-    head knows the scenes it has seen. Raises UserError (status 1) where there is none to spare.
+    head knows the scenes it has seen. Raises UserError (status 1) with the words given where there is none to spare.
     """
     held, labels = None, features.labels[features.rows]
     if my_rank() == 0:
         held = hold_out(labels, near_duplicates(features.take(features.rows, 0), labels), fraction, seed)
     held = from_rank_0(held)
     if not held.any():
-        raise UserError("--val-split: each class is a single scene, none to spare; leave it out", status=1)
+        raise UserError(none_to_spare, status=1)
     return features.only(features.rows[~held]), features.only(features.rows[held])
 
 

@@ -6,14 +6,19 @@ import os
 import warnings
 
 import numpy as np
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops, ImageOps, features
 
 from transfer.console import reason_of, shown
 from transfer.files import open_regular
 
 DRAFT_SIZE = (600, 600)  # a JPEG is decoded at an eighth, a quarter or half its size where that is no smaller
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit for decompression bombs
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # MPO opens as JPEG
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # MPO opens as JPEG
+CANVASES = {"WEBP": 3, "AVIF": 3}  # that a decoder holds at once, of a still image too, where more than one
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".mpo", ".avif"),
+    *(".heic", ".heif"),  # not read, but told of
+)
 
 
 class ImageError(Exception):
@@ -33,16 +38,20 @@ def decode_image(file: io.BufferedIOBase) -> Image.Image:
     """The image in an open file, as `read_image` gives it."""
     head = file.read(32)
     file.seek(0)
-    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"):
-        raise ImageError("HEIC; convert it to JPEG")
+    if head[4:8] == b"ftyp":
+        if b"avif" in head[8:] or b"avis" in head[8:]:
+            if not features.check("avif"):
+                raise ImageError("AVIF, which this Pillow does not read; convert it to JPEG")
+        elif head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"):
+            raise ImageError("HEIC; convert it to JPEG")
     # Pillow raises nearly every exception there is on damaged bytes, and warns of what is handled here.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(file, formats=IMAGE_FORMATS)
-            canvases = 3 if image.format == "WEBP" else 1  # that its decoder holds at once, of a still image too
+            canvases = CANVASES.get(image.format, 1)
             if image.width * image.height * canvases > MAX_PIXELS:
-                limit = f"{MAX_PIXELS // canvases:,}{' for WebP' if canvases > 1 else ''}"
+                limit = f"{MAX_PIXELS // canvases:,}{f' for {image.format}' if canvases > 1 else ''}"
                 raise ImageError(f"{image.width}x{image.height} pixels, over the limit of {limit}")
             if image.format == "PNG":  # reading pixels skips their checksums
                 image.verify()

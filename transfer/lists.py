@@ -1,5 +1,6 @@
 """Lists: text files of `path label` lines, checked, and divided by class."""
 
+import contextlib
 import itertools
 import os
 import stat
@@ -8,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from transfer.console import SHOWN_PROBLEMS, UserError, first_ten, first_three, reason_of, shown, warn
 
@@ -19,7 +21,8 @@ class ImageList:
     """A parsed list of n images. Tensors rather than objects, so that workers share one copy.
 
     text: all paths as bytes, joined by newlines; ends: (n,) where each ends in it;
-    labels: (n,) from 0; lines: (n,) line numbers in the list file `name`.
+    labels: (n,) from 0; lines: (n,) line numbers in the list file `name`; names: of the classes, where the list is a
+    folder of class folders.
     """
 
     def __init__(self, name: str, paths: Sequence[bytes], labels: Sequence[int], lines: Sequence[int]):
@@ -28,6 +31,7 @@ class ImageList:
         self.ends = torch.tensor([len(path) + 1 for path in paths], dtype=torch.int64).cumsum(0) - 1
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.lines = torch.tensor(lines, dtype=torch.int32)
+        self.names = []
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,12 +51,14 @@ class ImageList:
     def paths(self) -> list[bytes]:
         return list(self.each_path())
 
-    def subset(self, rows: Sequence[int]) -> "ImageList":
+    def subset(self, rows: Sequence[int] | Tensor) -> "ImageList":
         paths, labels, lines = self.paths(), self.labels.tolist(), self.lines.tolist()
+        rows = rows.tolist() if torch.is_tensor(rows) else rows
         return ImageList(self.name, [paths[r] for r in rows], [labels[r] for r in rows], [lines[r] for r in rows])
 
     def where(self, index: int) -> str:
-        return f"{self.name}:{self.lines[index]}: {shown(self.path(index))}"
+        place = "" if self.names else f"{self.name}:{self.lines[index]}: "  # a folder has no lines
+        return f"{place}{shown(self.path(index))}"
 
 
 def file_problem(path: bytes) -> str | None:
@@ -167,13 +173,12 @@ def read_list(list_path: Path, root: Path, check_files: bool = True) -> tuple[Im
     return ImageList(name, paths, labels, lines), problems
 
 
-def read_lists(train_path: Path, test_path: Path, root: Path) -> tuple[ImageList, ImageList]:
-    """Both lists, checked. Raises UserError with the first problems of both together."""
-    train, problems = read_list(train_path, root)
-    test, more = read_list(test_path, root)
-    problems += more
+def check_lists(train: ImageList, test: ImageList | None, problems: Sequence[str]) -> None:
+    """Raises UserError with the first of the problems that reading told of, and of those of both lists together."""
+    problems = [*problems]
     known = torch.bincount(train.labels) if len(train) else torch.zeros(1)
-    for index in torch.nonzero(~torch.isin(test.labels, known.nonzero())).flatten().tolist() if len(train) else []:
+    strange = ~torch.isin(test.labels, known.nonzero()) if test and len(train) else torch.zeros(0)
+    for index in strange.nonzero().flatten().tolist():
         problems.append(
             f"{test.name}:{test.lines[index]}: label {test.labels[index]} is not in {train.name}; "
             "add training images of it or remove the line"
@@ -186,24 +191,38 @@ def read_lists(train_path: Path, test_path: Path, root: Path) -> tuple[ImageList
         warn(f"{train.name}: all images have one label: with a single class, 100% right says nothing")
     if single := torch.nonzero(known == 1).flatten().tolist():
         warn(f"{train.name}: only one image has label {first_three(single)}: its class is learned by heart")
-    return train, test
+
+
+def folders_by_label(listed: ImageList) -> dict[int, set[bytes]]:
+    """The folders that images of each label lie in."""
+    folders = defaultdict(set)
+    for path, label in zip(listed.each_path(), listed.labels.tolist(), strict=True):
+        folders[label].add(os.path.dirname(path))
+    return folders
 
 
 def class_names(listed: ImageList, classes_path: Path | None) -> list[str]:
-    """One name a class: from the file, else from the folders where they tell the classes apart, else numbers."""
+    """One name a class: from the file, else from the folders where they tell the classes apart, else numbers.
+
+    The images' own folders, or those that lie in the one which all images share.
+    """
     classes = int(listed.labels.max()) + 1
     if classes_path is not None:
         names = [line.strip() for line in read_text(classes_path).decode().splitlines() if line.strip()]
         if len(names) != classes:
             raise UserError(f"{shown(classes_path)}: {len(names)} names for {classes} classes; write one name a line")
         return names
-    folders = defaultdict(set)
-    for path, label in zip(listed.paths(), listed.labels.tolist()):
-        folders[label].add(os.path.dirname(path))
-    found = {label: {os.path.basename(folder) for folder in each} for label, each in folders.items()}
-    names = [os.fsdecode(next(iter(found[c]))) if len(found.get(c, ())) == 1 else "" for c in range(classes)]
-    telling = all(names) and len(set(names)) == classes
-    return names if telling else [str(label) for label in range(classes)]
+    if listed.names:
+        return list(listed.names)
+    folders, shared = folders_by_label(listed), b""
+    with contextlib.suppress(ValueError):  # some paths are absolute and some are not
+        shared = os.path.commonpath({folder for each in folders.values() for folder in each})
+    for name_of in (os.path.basename, lambda folder: folder[len(shared) :].strip(b"/").split(b"/")[0]):
+        found = {label: {name_of(folder) for folder in each} for label, each in folders.items()}
+        names = [os.fsdecode(next(iter(found[c]))) if len(found.get(c, ())) == 1 else "" for c in range(classes)]
+        if all(names) and len(set(names)) == classes:
+            return names
+    return [str(label) for label in range(classes)]
 
 
 def check_unread(listed: ImageList, unread: dict[int, str], tolerated: float, stopped: bool = False) -> None:

@@ -7,14 +7,11 @@ import base64
 import html
 import io
 import math
-import os
-import tempfile
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from transfer.console import UserError, reason_of, shown
-from transfer.files import check_outputs
+from transfer.console import shown
 from transfer.images import ImageError, read_image
 
 THUMBNAIL = 112  # pixels of the longer side
@@ -127,23 +124,3 @@ def page(title: str, header: str, sections: Sequence[tuple[str, str, str]]) -> s
         f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<header>{header}</header>\n"
         f"<main>{body}</main>\n</body>\n</html>\n"
     )
-
-
-def check_target(
-    flag: str, outputs: Sequence[Path], inputs: Iterable[str | bytes | os.PathLike], others: Sequence[Path] = ()
-) -> None:
-    """Raises UserError where a page, and what lies beside it, can't be written, would replace one of the inputs, or one
-    of the run's other outputs.
-    """
-    page = outputs[0]
-    try:
-        with tempfile.TemporaryFile(dir=page.parent):
-            pass
-    except OSError as error:
-        why = f"can't write in {shown(page.parent)} ({reason_of(error)})"
-        raise UserError(f"{flag} {shown(page)}: {why}; name a file in another folder") from None
-    written = {other.resolve() for other in others}
-    for number, path in enumerate(outputs):
-        if path.resolve() in written or path in outputs[:number]:
-            raise UserError(f"{flag} {shown(page)}: {shown(path)} is written by this run already; name another file")
-    check_outputs(flag, outputs, inputs)

@@ -1,16 +1,43 @@
-"""Scores: what is right and wrong on a list with labels, and its table."""
+"""Scores: what is right and wrong on images with labels: of an epoch, or of a list with its table."""
 
 import math
 from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from transfer.console import shown
 
 NONE = "–"  # in place of 0 / 0
 MOST_LETTERS = 24  # of a class name in the table
+
+
+class Tally:
+    """Loss and hits of a model in an epoch, summed over samples: batches differ in size, and ranks share them."""
+
+    def __init__(self, model: nn.Module):
+        self.everywhere = isinstance(model, DistributedDataParallel)
+        classes = len([*model.parameters()][-1])  # the head's last parameter has a row a class
+        self.loss, self.hits, self.images = 0.0, *torch.zeros(2, classes, dtype=torch.int64)
+
+    def add(self, loss: float, logits: Tensor, labels: Tensor) -> None:
+        """The sum of a batch's losses, its logits (N, C) and labels (N,)."""
+        self.loss += loss
+        for counts, rows in ((self.hits, labels[logits.argmax(1) == labels]), (self.images, labels)):
+            counts += torch.bincount(rows, minlength=len(counts)).cpu()
+
+    def means(self) -> tuple[float, float, float]:
+        """Mean loss, accuracy and macro recall (of classes with images) over the samples of all ranks that train it."""
+        totals = torch.cat([torch.tensor([self.loss], dtype=torch.float64), self.hits, self.images])
+        if self.everywhere:
+            dist.all_reduce(totals)
+        hits, images = totals[1:].chunk(2)
+        there = images > 0
+        recall = (hits[there] / images[there]).mean()
+        return (totals[0] / images.sum()).item(), (hits.sum() / images.sum()).item(), recall.item()
 
 
 class Scores:
@@ -84,6 +111,13 @@ class Scores:
         """The classes by rising recall; those without images come last."""
         recall = self.recall.tolist()
         return sorted(range(len(recall)), key=lambda label: (math.isnan(recall[label]), recall[label], label))
+
+
+def balance(labels: Tensor, classes: int) -> Tensor:
+    """Weights (C,) of classes in the loss, inverse to their images, so that all classes weigh alike: 1 on average over
+    the images.
+    """
+    return len(labels) / (classes * labels.bincount(minlength=classes).clamp_min(1))
 
 
 def likeliest(probs: Tensor, classes: Sequence[str], count: int) -> list[tuple[str, float]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from transfer.calibration import ENOUGH
-from transfer.folds import draw_folds, out_of_fold_logits
+from transfer.folds import draw_folds, mirror_plan, out_of_fold_logits
 
 FOLDS = 10  # measured: with 5, swapped labels are found with an average precision 2 points lower
 ROUNDS = 2  # of heads out of fold, the second without the labels that the first one doubts
@@ -113,7 +113,7 @@ def judge_out_of_fold(
             fold,
             classes,
             rates,
-            plan=all_views,
+            plan=mirror_plan,
             batch_size=batch_size,
             seed=seed,
             kept=kept,
@@ -122,8 +122,3 @@ def judge_out_of_fold(
         judged = judge_labels(told / (seed + 1), labels)
         kept = (judged.doubt <= 0.5).nonzero().flatten()
     return judged
-
-
-def all_views(epoch: int, kept: int) -> range:
-    """The plan of the audit's heads: evaluation view and mirror image."""
-    return range(kept)

@@ -196,25 +196,24 @@ def row_printer(style: str, classes: Sequence[str], top_k: int, min_prob: float)
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Name what is in images; of lists with labels, say how much is right.",
+        usage="%(prog)s IMAGE [IMAGE ...] [option ...]",
+        description="Name what is in images; of those with labels, say how much is right.",
         epilog="example: python predict.py test.txt --report report.html",
         formatter_class=Help,
     )
     what = "images, folders, lists ending in .txt, or - for paths on standard input"
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=what)
-    parser.add_argument("--labelled", action="store_true", help="folders hold class folders: say how much is right")
+    parser.add_argument("--labelled", action="store_true", help="folders hold class folders: score them")
     parser.add_argument("--model", type=Path, default="best.pth", metavar="FILE", help="what train.py saved")
-    parser.add_argument(
-        "--root", type=Path, default=".", metavar="DIR", help="folder that lists' paths are relative to"
-    )
+    parser.add_argument("--root", type=Path, default=".", metavar="DIR", help="where the paths in lists begin")
     output = parser.add_argument_group("output").add_argument
     output("--top-k", type=whole(1), default=3, metavar="K", help="classes named for each image")
-    output("--min-prob", type=fraction, metavar="P", help="below this probability an image is named unknown")
-    output("--format", choices=("text", "csv", "json"), default="text", help="of the rows on stdout")
-    output("--report", type=Path, metavar="FILE", help="HTML page of the mistakes on lists with labels")
+    output("--min-prob", type=fraction, metavar="P", help="below this an image is named unknown")
+    output("--format", choices=("text", "csv", "json"), default="text", metavar="NAME", help="text, csv or json")
+    output("--report", type=Path, metavar="FILE", help="page of the mistakes, where there are labels")
     running = parser.add_argument_group("running").add_argument
-    running("--mirror", action="store_true", help="predict from each image and its mirror image: twice the time")
-    running("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    running("--mirror", action="store_true", help="from both sides, at twice the time")
+    running("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
     running("--batch-size", type=whole(1), metavar="N", help="images at a time (default: by device)")
     running("--workers", type=whole(0), metavar="N", help="decoding processes (default: one a core)")
     args = parser.parse_args(argv)

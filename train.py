@@ -241,45 +241,62 @@ def train_head(
     return start
 
 
+def fine_tune(
+    model: nn.Module,
+    start: dict[str, Tensor],
+    lists: Sequence[tuple[Views, Tensor]],
+    epochs: range,
+    history: History,
+    save: Callable[[int, float, float], None],
+    weight: Tensor | None,
+    **how,
+) -> tuple[nn.Module, Callable[[], Iterator[tuple[Tensor, Tensor]]]]:
+    """Train the last stages with the head, from a state of it, as `finetune.prepare` has it: the network, and the
+    batches it is evaluated on.
+    """
+    stages, optimizer, *batches = finetune.prepare(model, start, *lists, epochs=len(epochs), **how)
+    weight = weight if weight is None else weight.to(how["compute"].device)
+    train_epochs(stages, optimizer, None, epochs, *batches, history, save, weight)
+    return finetune.inner(stages), batches[-1]
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Train a classifier from lists of images: a frozen ResNet-18 with a new head.",
-        epilog="example: python train.py --epochs 20 && python predict.py photo.jpg",
+        usage="%(prog)s [--train PATH] [--test PATH] [option ...]",
+        description="Train a classifier of photos in folders or lists: a frozen ResNet with a new head.",
+        epilog="example: python train.py --train photos && python predict.py photo.jpg",
         formatter_class=Help,
     )
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--train",
-        type=Path,
-        metavar="PATH",
-        help="list (a path and a label a line) or folder of class folders (train.txt)",
-    )
-    add("--test", type=Path, metavar="PATH", help="the same to test on (test.txt beside it; else a fifth is held out)")
-    add("--root", type=Path, default=".", metavar="DIR", help="folder that the lists' paths are relative to")
-    add("--classes", type=Path, metavar="FILE", help="class names, one a line (default: the folders' names)")
-    add("--val-split", type=fraction, metavar="SHARE", help="choose the epoch on this share of the training list")
-    add("--cache", type=Path, metavar="DIR", help="keep features there: 2 KB an image and view, 8 KB from resnet50 on")
-    add("--workers", type=whole(0), metavar="N", help="decoding processes (default: one a core)")
+    add("--train", type=Path, metavar="PATH", help="a list, or a folder of class folders (train.txt)")
+    add("--test", type=Path, metavar="PATH", help="likewise (test.txt beside it, or a fifth held out)")
+    add("--root", type=Path, default=".", metavar="DIR", help="where the paths in lists begin")
+    add("--classes", type=Path, metavar="FILE", help="class names, one a line (the folders' names)")
+    add("--val-split", type=fraction, metavar="SHARE", help="choose the epoch on this share of --train")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, default="best.pth", metavar="FILE", help="checkpoint, a .csv beside it")
+    add("--audit", type=Path, metavar="FILE", help="page of wrong labels, copies, outliers; and a .csv")
     add = parser.add_argument_group("model").add_argument
-    add("--arch", choices=ARCHITECTURES, default=ARCHITECTURES[0], help="of the backbone")
-    add("--weights", metavar="NAME", help="imagenet (default), none (random), or a FILE that fits --arch")
-    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:N or mps; auto takes the fastest")
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of the backbone's arithmetic")
-    add("--unfreeze", choices=finetune.UNFROZEN_FROM, default="layer4", help="first stage that fine-tuning trains")
+    add("--arch", choices=ARCHITECTURES, default=ARCHITECTURES[0], metavar="NAME", help="resnet18, 34, 50, 101 or 152")
+    add("--weights", metavar="NAME", help="imagenet (default), none, or a FILE that fits --arch")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=whole(1), default=20, metavar="N", help="epochs of the head")
-    add("--finetune-epochs", type=whole(0), default=0, metavar="N", help="then epochs of the last stages and head")
+    add("--finetune-epochs", type=whole(0), default=0, metavar="N", help="then of the last stages with it")
+    add("--unfreeze", choices=finetune.UNFROZEN_FROM, default="layer4", metavar="STAGE", help="layer4, layer3 or all")
     add("--batch-size", type=whole(1), default=64, metavar="N", help="images a training step")
-    add("--lr", type=positive, default=0.005, metavar="RATE", help="Adam's learning rate for the head")
+    add("--lr", type=positive, default=0.005, metavar="RATE", help="Adam's rate for the head")
     add("--finetune-lr", type=positive, default=2e-4, metavar="RATE", help="its peak for the stages")
-    add("--augment", choices=("auto", *PLANS), default="auto", help="mirror images, or the recipe's random views too")
-    add("--balance", action="store_true", help="weigh classes alike, however many images; choose by macro recall")
-    add("--views", type=whole(1), default=4, metavar="V", help="kept of each training image, all but two random")
+    add("--balance", action="store_true", help="weigh classes alike, choose by macro recall")
+    add("--augment", choices=("auto", *PLANS), default="auto", metavar="NAME", help="auto, mirror or recipe")
+    add("--views", type=whole(1), default=4, metavar="V", help="kept of an image, all but 2 random")
     add("--seed", type=whole(0), default=0, metavar="N", help="of views, head and shuffling")
-    add("--view-seed", type=whole(0), metavar="N", help="of views and split alone (default: --seed)")
-    add = parser.add_argument_group("output").add_argument
-    add("--out", type=Path, default="best.pth", metavar="FILE", help="checkpoint; a .csv is put beside it")
-    add("--audit", type=Path, metavar="FILE", help="page of wrong labels, copies and outliers; a .csv is put beside it")
+    add("--view-seed", type=whole(0), metavar="N", help="of views and splits alone (default: --seed)")
+    add = parser.add_argument_group("running").add_argument
+    add("--cache", type=Path, metavar="DIR", help="keep features there, 2 or 8 KB an image and view")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
+    precisions = ("auto", "float32", "bfloat16")
+    add("--precision", choices=precisions, default="auto", metavar="NAME", help="auto, float32 or bfloat16")
+    add("--workers", type=whole(0), metavar="N", help="decoding processes (default: one a core)")
     return parser.parse_args(argv)
 
 
@@ -299,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     join_ranks()
     weights, origin, caveats = find_weights(args.weights, args.arch)  # one rank a machine downloads them
     warn(*caveats)
-    test_path = test_path or split_paths(args.out)[1]
+    test_path, root = (test_path, args.root) if test else (split_paths(args.out)[1], Path())
     chosen_on = f"{args.val_split:.0%} of {train.name}" if args.val_split else shown(test_path)
     print_header(compute, origin, train, test, names, chosen_on, args.out, args.balance)
 
@@ -334,14 +351,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.finetune_epochs:
         sides, once = Views(train, [0, 1], view_seed), Views(train if args.val_split else test, [0], view_seed)
         lists = (sides, features.rows), (once, val.rows)
-        rates = {"epochs": args.finetune_epochs, "rates": (args.finetune_lr, args.lr / 5)}
-        tuning = {"stage": args.unfreeze, "compute": compute, **rates, **common}
-        stages, *rest = finetune.prepare(model, from_rank_0(early), *lists, **tuning)
         epochs = range(args.epochs + 1, args.epochs + args.finetune_epochs + 1)
-        weight = weight if weight is None else weight.to(compute.device)
-        train_epochs(stages, rest[0], None, epochs, *rest[1:], history, save, weight)
+        tuning = {"stage": args.unfreeze, "rates": (args.finetune_lr, args.lr / 5), "compute": compute, **common}
+        tuned = fine_tune(model, from_rank_0(early), lists, epochs, history, save, weight, **tuning)
         if history.best_epoch > args.epochs:
-            network, val_batches = finetune.inner(stages), rest[-1]
+            network, val_batches = tuned
 
     if my_rank() == 0:
         model.load_state_dict(load_state(args.out)[0])
@@ -354,9 +368,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"saved     {shown(args.out)} and {shown(history.path)} in {time.perf_counter() - began:.1f} s")
         print(f"best      {history.chooser} {history.said(history.best)}, epoch {history.best_epoch} ({chosen_on})")
         judged = test_features
-        if network and (args.val_split or args.audit):  # its features are others than the frozen backbone's
-            tuned = inference_copy(backbone_of(model), compute)
-            judged = extract_features(tuned, Views(test, [0], view_seed), alone=True, **how)
+        if network and (args.val_split or args.audit):  # whose features are others than the frozen backbone's
+            extract_tuned = functools.partial(extract_features, inference_copy(backbone_of(model), compute), **how)
+            judged = extract_tuned(Views(test, [0], view_seed), alone=True)
         batches = functools.partial(judged.batches, judged.rows, 0, 1024)
         if args.val_split:
             print(f"test      {history.said(evaluate(model.fc.cpu(), batches())[1:])}, scored once")
@@ -365,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             logits, _ = logits_of(model.fc.cpu(), batches())
             found = audit_lists(*parts, logits, epochs=args.epochs, lr=args.lr, compute=compute, **common)
             print(f"audit     {save_audit(args.audit, found, names, args.out)}")
-        print(f"next      {paste('predict.py', test_path, args.out, args.root)}")
+        print(f"next      {paste('predict.py', test_path, args.out, root)}")
         if not args.audit:
             print("          or again with --audit audit.html: labels that look wrong, copies, outliers")
     leave_ranks()

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from conftest import PLAIN, ROOT, add_line, make_photos, run_main
 
 import predict
+import train
 from transfer import console
 
 ODD_NAMES = {
@@ -215,3 +217,14 @@ def test_sigterm_while_the_interpreter_ends_shows_no_traceback():
         [sys.executable, "-c", LATE], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (-signal.SIGTERM, "error: first\n")
+
+
+@pytest.mark.parametrize("script", [train, predict])
+def test_the_help_has_a_line_a_flag_at_80_columns(monkeypatch, script):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = run_main(script.parse_args, "--help")
+    flags = [line for line in out.splitlines() if line.startswith("  -")]
+    assert status == 0 and len(flags) >= 12 and max(map(len, out.splitlines())) <= 80
+    assert all(re.fullmatch(r"  (-h, )?--[\w-]+( [A-Z]+)? +\S.*", line) for line in flags)
+    wrapped = [line for line in out.split("options:")[1].splitlines() if line.startswith(" " * 8)]
+    assert wrapped == []

@@ -43,3 +43,8 @@ def test_every_room_says_in_its_first_line_what_belongs_there_and_readme_names_i
     assert table.keys() == ROOMS.keys() - {"__init__"}
     for room, path in ROOMS.items():
         assert re.fullmatch(r".{30,}[.:]", (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]), room
+
+
+def test_ci_runs_the_command_that_readme_names_for_the_tests():
+    section = (ROOT / "README.md").read_text().split("## Tests\n")[1]
+    assert re.search(r"^```\n(.+)\n```$", section, re.MULTILINE)[1] == (ROOT / ".ci/run").read_text().splitlines()[-1]

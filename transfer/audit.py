@@ -48,6 +48,13 @@ class Part:
     def listed(self) -> ImageList:
         return self.dataset.listed
 
+    def path(self, place: int) -> bytes:
+        return self.listed.path(int(self.rows[place]))
+
+    def line(self, place: int) -> int | None:
+        """None of a folder, which has no lines."""
+        return None if self.listed.names else int(self.listed.lines[self.rows[place]])
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -69,15 +76,11 @@ class Finding:
 
     @property
     def path(self) -> bytes:
-        return self.part.listed.path(int(self.part.rows[self.place]))
-
-    @property
-    def line(self) -> int:
-        return int(self.part.listed.lines[self.part.rows[self.place]])
+        return self.part.path(self.place)
 
     @property
     def other_path(self) -> bytes | None:
-        return self.other and self.other[0].listed.path(int(self.other[0].rows[self.other[1]]))
+        return self.other and self.other[0].path(self.other[1])
 
 
 @dataclass(frozen=True)
@@ -279,6 +282,6 @@ def save_findings(path: Path, audit: Audit, names: Sequence[str]) -> None:
     for each in audit.findings:
         other = os.fsdecode(each.other_path) if each.other else ""
         suggestion = "" if each.suggestion is None else names[each.suggestion]
-        place = (each.part.listed.name, each.line, os.fsdecode(each.path), each.kind)
+        place = (each.part.listed.name, each.part.line(each.place), os.fsdecode(each.path), each.kind)
         writer.writerow([*place, names[each.label], suggestion, f"{each.score:.4f}", other])
     save_atomically(path, text.getvalue().encode(errors="surrogateescape"))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from transfer.audit import Audit, Curve, Finding, save_findings
+from transfer.audit import Audit, Curve, Finding, Part, save_findings
 from transfer.console import shown
 from transfer.files import save_atomically, with_table
 from transfer.page import (
@@ -52,25 +52,25 @@ def count_of(count: int, noun: str) -> str:
 # Findings
 
 
-def place_of(name: str, line: int, path: bytes) -> str:
+def place_of(part: Part, place: int) -> str:
     """Where an image stands; a click selects its path."""
-    return f'<p class="path">{plain(name)}:{line} <span class="copy">{plain(path)}</span></p>'
+    line = part.line(place)
+    listed = "" if line is None else f"{plain(part.listed.name)}:{line} "
+    return f'<p class="path">{listed}<span class="copy">{plain(part.path(place))}</span></p>'
 
 
 def finding_card(finding: Finding, names: Sequence[str]) -> str:
     """A finding with its photo, or with both, its label, and what it might be instead."""
     label = plain(names[finding.label])
-    listed, line = finding.part.listed, finding.line
     picture = thumbnail(finding.path, f"labelled {label}")
     said = f"labelled <b>{label}</b>"
-    where, guess = place_of(listed.name, line, finding.path), ""
+    where, guess = place_of(finding.part, finding.place), ""
     if finding.other:
         part, place = finding.other
-        row = int(part.rows[place])
         other = plain(names[int(part.labels[place])])
         said = f"both {said}" if other == label else f"{said} and <b>{other}</b>"
         picture = f'<div class="twins">{picture}{thumbnail(finding.other_path, f"labelled {other}")}</div>'
-        where += place_of(part.listed.name, int(part.listed.lines[row]), finding.other_path)
+        where += place_of(part, place)
     elif finding.suggestion is not None:
         name = plain(names[finding.suggestion])
         guess = f'<div class="guess wrong"><span title="{name}">{name}?</span><span>{finding.score:.0%}</span>'

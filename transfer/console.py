@@ -170,7 +170,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but not that of a flag whose default is to be off."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        off = action.default is None or action.default is False
+        return action.help if off else super()._get_help_string(action)
 
 
 def whole(least: int) -> Callable[[str], int]:

@@ -29,7 +29,7 @@ def test_ranks_share_all_rows_in_order_in_equal_slices_of_whole_chunks(count, wo
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("transfer.distributed.world_size", lambda: world)
             patch.setattr("transfer.distributed.my_rank", lambda: rank)
-            patch.setattr(train.dist, "is_initialized", lambda: True)
+            patch.setattr(torch.distributed, "is_initialized", lambda: True)
             return rank_slice(count, step=step)
 
     shares = [share(rank) for rank in range(world)]
@@ -172,7 +172,7 @@ def test_each_rank_tells_its_own_error_with_its_number_and_host(few):
     done = torchrun("other.py", "--weights", "none", "--workers", 0, "--epochs", 1)
     assert done.returncode == 1
     reason = os.strerror(errno.ENOENT).lower()
-    line = f"error: rank 1 on {socket.gethostname()}: none.txt: {reason}; name an existing text file"
+    line = f"error: rank 1 on {socket.gethostname()}: none.txt: {reason}; name a list, or a folder of class folders"
     assert line in done.stderr.splitlines() and not Path("best.pth").exists()
 
 

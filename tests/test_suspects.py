@@ -5,6 +5,7 @@ import torch
 from cleanlab.rank import get_label_quality_scores
 from sklearn.metrics import average_precision_score
 
+from transfer import suspects
 from transfer.folds import draw_folds, mirror_plan, out_of_fold_logits
 from transfer.suspects import judge_labels, judge_out_of_fold, likeliest_share
 
@@ -106,3 +107,16 @@ def test_the_likeliest_share_is_what_a_grid_finds():
 def test_a_single_class_has_no_suspects():
     found = judge_labels(torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64))
     assert found.weak and found.doubt.tolist() == [0] * 4
+
+
+def test_of_a_long_list_sorted_by_class_all_parts_have_a_say(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(4000, 4, generator=generator)
+    labels = logits.softmax(1).multinomial(1, generator=generator)[:, 0]
+    labels[2000:] = torch.where(torch.rand(2000, generator=generator) < 0.3, 3 - labels[2000:], labels[2000:])
+    whole = judge_labels(logits, labels)
+    monkeypatch.setattr(suspects, "MOST_LOGITS", 4000)  # a quarter of the images
+    monkeypatch.setattr(suspects, "CHUNK", 300)
+    part = judge_labels(logits, labels)
+    assert part.wrong == pytest.approx(whole.wrong, abs=0.04) and whole.wrong > 0.1
+    assert torch.allclose(part.confidence, whole.confidence, atol=0.1)

@@ -113,9 +113,9 @@ def save_tensors(path: Path, content: object) -> None:
     save_atomically(path, buffer.getbuffer())
 
 
-def outputs_of(path: Path) -> list[Path]:
-    """All that a run writes for a checkpoint of this name."""
-    return [saved for each in (path, path.with_suffix(".csv")) for saved in (each, previous_of(each))]
+def outputs_of(path: Path, lists: Sequence[Path]) -> list[Path]:
+    """All that a run writes for a checkpoint of this name, and lists beside it."""
+    return [saved for each in (path, path.with_suffix(".csv"), *lists) for saved in (each, previous_of(each))]
 
 
 def check_outputs(flag: str, outputs: Sequence[Path], inputs: Iterable[str | bytes | os.PathLike]) -> None:
@@ -155,7 +155,7 @@ def prepare_outputs(
     try:
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
-        for saved in (*outputs_of(path), *lists):
+        for saved in outputs_of(path, lists):
             for stale in saved.resolve().parent.glob(f".{glob.escape(saved.resolve().name)}.*.tmp"):
                 stale.unlink(missing_ok=True)
     except OSError as error:
@@ -168,9 +168,9 @@ def prepare_outputs(
         raise UserError(f"--cache {shown(cache)}: {reason_of(error)}; name a folder") from None
     if free < (need := int(COPIES * size)):
         raise UserError(f"--out {name}: disk full ({free >> 20} MB free, {need >> 20} needed); free some space")
-    check_outputs("--out", [*outputs_of(path), *lists], inputs())
+    check_outputs("--out", outputs_of(path, lists), inputs())
     if audit:
-        check_target("--audit", with_table(audit), inputs(), [*outputs_of(path), *lists])
+        check_target("--audit", with_table(audit), inputs(), outputs_of(path, lists))
 
 
 def with_table(page: Path) -> list[Path]:

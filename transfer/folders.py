@@ -10,7 +10,7 @@ import torch
 from transfer.console import UserError, first_three, shown, warn
 from transfer.distributed import my_rank
 from transfer.features import Features
-from transfer.files import save_atomically
+from transfer.files import keep_previous, save_atomically
 from transfer.folds import split_off
 from transfer.images import SUFFIXES
 from transfer.lists import ImageList, check_lists, class_names, folders_by_label, read_list
@@ -164,6 +164,7 @@ def hold_out_test(
         half = listed.subset(part.rows)
         half.name, half.lines = shown(path), torch.arange(2, len(half) + 2, dtype=torch.int32)
         if my_rank() == 0:
+            keep_previous(path)
             write_list(path, half, f"of {listed.name}, by train.py with --view-seed {seed}")
         found += [half, features.subset(part.rows)]
     return tuple(found)

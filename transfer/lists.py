@@ -235,6 +235,7 @@ def check_unread(listed: ImageList, unread: dict[int, str], tolerated: float, st
         total = f"{listed.name}: {len(lines):,} of {len(listed):,} images can't be read"
         if stopped:
             total = f"{listed.name}: {len(lines):,} images can't be read, more than 1% of the list: stopped there"
-        raise UserError(*first_ten(lines, total, "mend or remove these lines"), status=1)
+        fix = "convert, mend or remove them" if listed.names else "mend or remove these lines"
+        raise UserError(*first_ten(lines, total, fix), status=1)
     for line in lines[:SHOWN_PROBLEMS]:
         warn(f"{line}; skipped")

@@ -87,6 +87,7 @@ def facts(about: dict) -> str:
             ("epoch", "Epoch kept", "", ""),
             ("chosen_on", "Epoch chosen on", "", ""),
             ("accuracy", "Accuracy at that epoch", ".2%", ""),
+            ("recall", "Macro recall at that epoch", ".2%", ""),
             ("seconds", "Training time", ",.1f", " s"),
             ("device", "Device", "", ""),
             ("precision", "Precision", "", ""),

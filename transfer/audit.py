@@ -4,7 +4,7 @@ import csv
 import io
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -120,7 +120,7 @@ class Audit:
     test: Part
     labels: tuple[Labels, Labels]
     curve: Curve | None
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Finding]
 
     def of_kind(self, kind: str) -> list[Finding]:
         return [finding for finding in self.findings if finding.kind == kind]
@@ -129,28 +129,30 @@ class Audit:
 # Copies
 
 
-def find_copies(parts: Sequence[Part], compute: Compute) -> list[tuple[int, int, Tensor, Tensor]]:
+def find_copies(
+    parts: Sequence[Part], near: dict[tuple[int, int], Tensor], compute: Compute
+) -> list[tuple[int, int, Tensor, Tensor]]:
     """Copies within the training part, within the test part, and of training images in the test part.
 
-    Each: numbers of the parts of query and key, pairs of places (Q, 2), and how sure they are (Q,). Within a part the
-    later image is the query.
+    near: by numbers of the parts of query and key the places of each query's nearest keys, (n, k). Each of what is
+    found: the two numbers, pairs of places (Q, 2), and how sure they are (Q,). Within a part the later image is the
+    query.
     """
-    searches = ((0, 0), (1, 1), (1, 0))
-    pairs = [candidates(parts[query].table[:, 0], parts[key].table, query == key) for query, key in searches]
+    pairs = [
+        candidates(parts[query].table[:, 0], parts[key].table, rows, query == key)
+        for (query, key), rows in near.items()
+    ]
     pixels = []
     for number, part in enumerate(parts):
         wanted = [
-            pair[:, side]
-            for search, pair in zip(searches, pairs, strict=True)
-            for side in (0, 1)
-            if search[side] == number
+            pair[:, side] for search, pair in zip(near, pairs, strict=True) for side in (0, 1) if search[side] == number
         ]
         places, index = torch.cat(wanted).unique(), torch.zeros(len(part.rows), dtype=torch.int64)
         index[places] = torch.arange(len(places))
         pixels.append((thumbnails(part.dataset, part.rows[places], compute), index))
     return [
         (query, key, *copies(pair, (pixels[query], pixels[key])))
-        for (query, key), pair in zip(searches, pairs, strict=True)
+        for (query, key), pair in zip(near, pairs, strict=True)
     ]
 
 
@@ -187,18 +189,16 @@ def copy_findings(
 # Outliers
 
 
-def outlier_scores(queries: Part, train: Part) -> Tensor:
+def outlier_scores(distances: Tensor, usual: Tensor) -> Tensor:
     """How far outside the training images each image lies: (n,), 0 at their upper quartile, 0.5 at Tukey's fence.
 
-    By the distance to its 8th nearest training image, against the quartiles of the training images' own: the 8th, so
-    that a handful of one kind does not hide itself.
+    distances: to its nearest training images, ascending (n, k); usual: the same of the training images themselves. The
+    last counts, the 8th, so that a handful of one kind does not hide itself.
     """
-    if len(train.rows) < 4:
-        return torch.zeros(len(queries.rows))
-    own = nearest(train.table[:, 0], train.table, itself=True)[0][:, -1]
-    low, high = own.quantile(torch.tensor([0.25, 0.75])).tolist()
-    far = own if queries is train else nearest(queries.table[:, 0], train.table)[0][:, -1]
-    return (far - high) / max(2 * FENCE * (high - low), 1e-9)
+    if len(usual) < 4:
+        return torch.zeros(len(distances))
+    low, high = usual[:, -1].quantile(torch.tensor([0.25, 0.75])).tolist()
+    return (distances[:, -1] - high) / max(2 * FENCE * (high - low), 1e-9)
 
 
 # More photos
@@ -252,25 +252,29 @@ def audit_lists(
     classes = test_logits.shape[1]
     work = len(parts[0].labels) * classes
     rates = [lr] * min(epochs, max(FEWEST_EPOCHS, min(MOST_EPOCHS, MOST_EPOCHS * WORK // work)))
-    found = find_copies(parts, compute)
+    near = {
+        (query, key): nearest(parts[query].table[:, 0], parts[key].table, query == key)
+        for query, key in ((0, 0), (1, 1), (1, 0))
+    }
+    found = find_copies(parts, {ends: places for ends, (_, places) in near.items()}, compute)
     tied = tied_copies(parts[0], found[0][2])
     labels = (
         judge_out_of_fold(parts[0].table, parts[0].labels, tied, classes, rates, batch_size),
         judge_labels(test_logits, parts[1].labels),
     )
     findings = list(copy_findings(parts, labels, found))
-    for part, judged in zip(parts, labels, strict=True):
+    for number, (part, judged) in enumerate(zip(parts, labels, strict=True)):
         findings += [
             Finding("label", part, place, float(judged.doubt[place]), int(judged.instead[place]))
             for place in judged.suspects.tolist()
         ]
-        far = outlier_scores(part, parts[0])
+        far = outlier_scores(near[number, 0][0], near[0, 0][0])
         findings += [
             Finding("outlier", part, place, min(1.0, float(far[place])))
             for place in (far >= 0.5).nonzero().flatten().tolist()
         ]
     findings.sort(key=lambda finding: (KINDS.index(finding.kind), -finding.score))
-    curve = learning_curve(Dealt(train[1], train[1].rows, seed), classes, rates, batch_size)
+    curve = learning_curve(Dealt(parts[0].table, parts[0].labels, seed), classes, rates, batch_size)
     return Audit(*parts, labels, curve, findings)
 
 

@@ -217,13 +217,13 @@ def split_off(features: Features, fraction: float, seed: int, none_to_spare: str
 
 
 class Dealt:
-    """Some images of a list, dealt into folds, near-duplicates together: what heads make of those they never saw.
+    """Images dealt into folds, near-duplicates together: what heads make of those they never saw.
 
     table: (n, V, D), features; labels, groups, fold: (n,); known: (n,), whose class lies in other folds too.
     """
 
-    def __init__(self, features: Features, rows: Tensor, seed: int):
-        self.table, self.labels, self.seed = features.take(rows, slice(None)), features.labels[rows], seed
+    def __init__(self, table: Tensor, labels: Tensor, seed: int):
+        self.table, self.labels, self.seed = table, labels, seed
         self.groups = near_duplicates(self.table[:, 0], self.labels)
         self.fold = draw_folds(self.labels, self.groups, seed=seed)
         self.known = learnable(self.labels, self.fold)
@@ -260,7 +260,7 @@ def choose_plan(
     order = torch.randperm(len(features.rows), generator=torch.Generator().manual_seed(seed))
     rows = features.rows[order[: WORK // classes].sort().values]
     part = f" of {len(rows):,} images" if len(rows) < len(features.rows) else ""
-    images = Dealt(features, rows, seed)
+    images = Dealt(features.take(rows, slice(None)), features.labels[rows], seed)
     labels, known = images.labels, images.known
     if (part and len(rows) < FEW * classes) or not known.any():
         return plans[first], f"{first} (too few images of a class to compare it with {second})"
@@ -282,6 +282,6 @@ def replay_logits(
     """
     if len(features.rows) * (int(features.labels[features.rows].max()) + 1) > WORK:
         return []
-    images = Dealt(features, features.rows, seed)
+    images = Dealt(features.take(features.rows, slice(None)), features.labels[features.rows], seed)
     logits, known = images.logits(plan, rates, batch_size), images.known
     return [(logits[known], images.labels[known])] if known.any() else []

@@ -34,7 +34,7 @@ def nearest(queries: Tensor, keys: Tensor, itself: bool = False) -> tuple[Tensor
     queries: (N, D); keys: (M, V, D), of which that of the V views counts which is nearest. itself: the queries are the
     keys' first views, and no image is its own neighbour. In tiles, so that memory grows with N + M.
     """
-    count = min(NEAREST, len(keys) - itself)
+    count = max(0, min(NEAREST, len(keys) - itself))
     squares = keys.square().sum(2)
     distances, rows = [], []
     for start in range(0, len(queries), TILE):
@@ -137,11 +137,11 @@ def likeness(first: Tensor, second: Tensor) -> Tensor:
 # Both
 
 
-def candidates(queries: Tensor, keys: Tensor, itself: bool) -> Tensor:
-    """Pairs of rows (P, 2), of a query and a key, that may be copies, each once; arguments as of `nearest`."""
-    if len(keys) <= itself:
-        return torch.empty(0, 2, dtype=torch.int64)
-    _, near = nearest(queries, keys, itself)
+def candidates(queries: Tensor, keys: Tensor, near: Tensor, itself: bool) -> Tensor:
+    """Pairs of rows (P, 2), of a query and a key, that may be copies, each once.
+
+    near: rows of each query's nearest keys, (N, k), and the other arguments as `nearest` has them.
+    """
     pairs = torch.stack([torch.arange(len(near)).repeat_interleave(near.shape[1]), near.flatten()], 1)
     if itself:
         pairs = pairs.sort(1, descending=True).values.unique(dim=0)

@@ -461,7 +461,7 @@ def audit_seconds(folder: Path, repeats: int, *more: object) -> tuple[float, flo
     plain, added = [], []
     for _ in range(repeats):
         plain.append(run(*train_command(folder / "o.pth", *more), cwd=folder)[0])
-        added.append(run(*train_command(folder / "o.pth", *more, "--audit", "o.html"), cwd=folder)[0] - plain[-1])
+        added.append(run(*train_command(folder / "o.pth", *more, "--audit", "audit.html"), cwd=folder)[0] - plain[-1])
     return statistics.median(plain), statistics.median(added)
 
 
@@ -478,7 +478,7 @@ def row_audit_larger(folder: Path, args) -> tuple:
 
 def row_audit_memory(folder: Path, args) -> tuple:
     lists = other_photos(folder, 2000)
-    more = peak_memory(*train_command(folder / "o.pth", *lists, "--audit", "o.html"), cwd=folder)
+    more = peak_memory(*train_command(folder / "o.pth", *lists, "--audit", "audit.html"), cwd=folder)
     job = peak_memory(*train_command(folder / "o.pth", *lists), cwd=folder)
     return f"{more:.0f} - {job:.0f} MB, 2,200 images", more - job, "<=", 300, "MB"
 

@@ -51,8 +51,8 @@ def test_hidden_files_and_what_is_no_image_are_passed_over_and_counted(photos, c
         (photos / "photos" / name).touch()
     listed, problems = read_folder(Path("photos"))
     assert not problems and len(listed) == 30
-    words = "photos: passed over 3 files that are no images in a class folder, and 1 hidden ones"
-    assert capsys.readouterr().err == f"warning: {words}\n"
+    words = "photos: passed over 2 hidden files and 3 others"
+    assert capsys.readouterr().err == f"warning: {words}, which are no images in class folders\n"
 
 
 @pytest.mark.parametrize(

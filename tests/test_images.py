@@ -422,3 +422,12 @@ def test_2000_mutated_images_are_images_or_photo_errors(tmp_path, monkeypatch):
     began = time.perf_counter()
     try_seeds(images, 2000)
     assert time.perf_counter() - began < 30
+
+
+def test_avif_is_read_where_pillow_reads_it_and_named_with_what_to_do_where_not(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 30), (200, 40, 30)).save(tmp_path / "photo.avif")
+    photo = read_image(tmp_path / "photo.avif")
+    assert photo.size == (40, 30) and all(abs(a - b) < 9 for a, b in zip(photo.getpixel((20, 15)), (200, 40, 30)))
+    monkeypatch.setattr("transfer.images.features.check", lambda name: False)
+    with pytest.raises(ImageError, match="^AVIF, which this Pillow does not read; convert it to JPEG$"):
+        read_image(tmp_path / "photo.avif")

@@ -111,7 +111,7 @@ def test_an_unreadable_path_is_found_before_training(trained, monkeypatch, name,
     problem = f"error: {name}:13: odd.png: {words}"
     status, out, err = trained()
     assert (status, out) == (2, "")
-    assert err.splitlines() == [problem, "error: 1 problem in the lists; mend the lines and run again"]
+    assert err.splitlines() == [problem, "error: 1 problem in the lists; mend them and run again"]
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
@@ -121,7 +121,7 @@ def test_of_many_missing_images_ten_and_a_count_are_shown(trained):
     lines = err.splitlines()
     assert (status, out, len(lines)) == (2, "", 11)
     assert lines[9].startswith("error: list.txt:10: none_9.png: no such image")
-    assert lines[10] == "error: 25 problems in the lists, 10 of them shown; mend the lines and run again"
+    assert lines[10] == "error: 25 problems in the lists, 10 of them shown; mend them and run again"
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_wrong_line_gets_the_hint_that_fits(trained, line, problem):
     before = Path("best.pth").read_bytes()
     add_line("train.txt", f"{line}\n")
     repeated = "warning: train.txt: 1 repeated line dropped\n" if "keep one" in problem else ""
-    said = f"{repeated}error: train.txt:13: {problem}\nerror: 1 problem in the lists; mend the lines and run again\n"
+    said = f"{repeated}error: train.txt:13: {problem}\nerror: 1 problem in the lists; mend them and run again\n"
     assert trained() == (2, "", said)
     assert Path("best.pth").read_bytes() == before
     if "no such image" in problem:  # in prediction the error of one image, and the others' rows

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transfer.audit import Audit, Curve, Finding, Part, save_findings
-from transfer.console import shown
+from transfer.console import counted, shown
 from transfer.files import save_atomically, with_table
 from transfer.page import (
     BOTTOM,
@@ -43,10 +43,6 @@ WORDS = {
     "outlier": "Far from every training photo, by the distance to its 8th nearest: perhaps a photo of something else, "
     "put there by mistake, perhaps a rare but right one.",
 }
-
-
-def count_of(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 # Findings
@@ -87,7 +83,7 @@ def label_words(judged: Labels, name: str, images: int) -> str:
     count = len(judged.suspects)
     sure = f", {judged.doubt[judged.suspects].mean():.0%} of them wrong by its own reckoning" if count else ""
     return (
-        f"<p>{plain(name)}: {count_of(count, 'label')} of {images:,} more likely wrong than right{sure}. All in all it "
+        f"<p>{plain(name)}: {counted(count, 'label')} of {images:,} more likely wrong than right{sure}. All in all it "
         f"reckons with {judged.wrong:.1%} wrong labels; {power}.</p>"
     )
 
@@ -219,8 +215,8 @@ def save_audit(path: Path, audit: Audit, names: Sequence[str], model: Path) -> s
     sections = [(TITLES[kind], findings_section(audit, kind, names, str(table)), "") for kind in TITLES]
     sections.append(("Would more photos help?", curve_section(audit.curve, names), "whole"))
     sections.append(("Classes", balance_table(audit, names), "whole"))
-    found = count_of(sum(counts.values()), "finding")
+    found = counted(sum(counts.values()), "finding")
     save_findings(table, audit, names)
     save_atomically(path, page(f"Audit of {lists}: {found}", header, sections).encode())
-    words = (count_of(counts["label"], "doubtful label"), f"{copies:,} copies", count_of(counts["outlier"], "outlier"))
+    words = (counted(counts["label"], "doubtful label"), f"{copies:,} copies", counted(counts["outlier"], "outlier"))
     return f"{shown(path)} and {shown(table)}: {', '.join(words)}"

@@ -41,6 +41,11 @@ def reason_of(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: 1 label, 2 labels."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def first_three(items: Sequence) -> str:
     """The first three of some items, and how many follow."""
     rest = f" and {len(items) - 3:,} more" if len(items) > 3 else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from transfer.console import UserError, first_three, shown, warn
+from transfer.console import UserError, counted, first_three, shown, warn
 from transfer.distributed import my_rank
 from transfer.features import Features
 from transfer.files import keep_previous, save_atomically
@@ -42,10 +42,10 @@ def read_folder(folder: Path) -> tuple[ImageList, list[str]]:
     """
     name, top = shown(folder), os.fsencode(folder)
     with os.scandir(top) as entries:
-        inside = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(b"."))
-    classes = [entry for entry, is_folder in inside if is_folder]
-    others, hidden, problems = len(inside) - len(classes), 0, []
-    paths, labels = [], []
+        inside = sorted((entry.name, entry.is_dir()) for entry in entries)
+    classes = [entry for entry, is_folder in inside if is_folder and not entry.startswith(b".")]
+    hidden = sum(entry.startswith(b".") for entry, _ in inside)
+    others, paths, labels, problems = len(inside) - hidden - len(classes), [], [], []
     for label, each in enumerate(classes):
         found, hidden_there, others_there = images_in(os.path.join(top, each))
         hidden, others = hidden + hidden_there, others + others_there
@@ -55,8 +55,9 @@ def read_folder(folder: Path) -> tuple[ImageList, list[str]]:
         labels += [label] * len(found)
     if not classes:
         problems.append(f"{name}: no class folders in it; give each class's photos a folder of its own there")
-    if others or hidden:
-        warn(f"{name}: passed over {others:,} files that are no images in a class folder, and {hidden:,} hidden ones")
+    passed = [counted(count, noun) for count, noun in ((hidden, "hidden file"), (others, "other")) if count]
+    if passed and classes:
+        warn(f"{name}: passed over {' and '.join(passed)}, which are no images in class folders")
     listed = ImageList(name, paths, labels, range(1, len(paths) + 1))
     listed.names = [os.fsdecode(each) for each in classes]
     return listed, problems

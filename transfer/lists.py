@@ -93,7 +93,7 @@ class ListsError(UserError):
 
     def __init__(self, problems: Sequence[str]):
         total = f"{len(problems):,} problem{'s' * (len(problems) > 1)} in the lists"
-        super().__init__(*first_ten(problems, total, "mend the lines and run again"))
+        super().__init__(*first_ten(problems, total, "mend them and run again"))
 
 
 def read_text(path: Path) -> bytes:

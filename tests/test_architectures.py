@@ -83,8 +83,8 @@ def test_another_architecture_trains_and_predicts_what_plain_torchvision_does_an
     assert same(bare.state_dict(), saved) and said == {"arch": arch, "classes": ["0", "1", "2"]}
 
 
-@pytest.mark.parametrize("arch", ["resnet101", "resnet152"])
-def test_the_largest_architectures_train_and_predict_too(start, arch):
+@pytest.mark.parametrize("arch", ["resnet101"])  # resnet152 has the same parts, and takes longer
+def test_a_larger_architecture_trains_and_predicts_too(start, arch):
     go("--arch", arch, "--epochs", 1, "--views", 1, weights=start(arch))
     status, out, err = run_main(predict.main, "test.txt", "--workers", 0)
     assert status == 0, err
@@ -165,12 +165,12 @@ def test_fine_tuning_a_resnet50_trains_its_layer4_and_predict_is_as_often_right(
 
 def test_each_architecture_keeps_features_of_its_own(few):
     sizes = {}
-    for arch in ("resnet18", "resnet34", "resnet50"):
+    for arch in ("resnet18", "resnet50"):
         before = set(chunks_in("kept"))
         go("--arch", arch, "--epochs", 1, "--views", 1, "--cache", "kept")
         sizes[arch] = sorted(path.stat().st_size for path in set(chunks_in("kept")) - before)
         plain = weights_of()
         go("--arch", arch, "--epochs", 1, "--views", 1)
         assert same(plain, weights_of())
-    for arch, kilobytes in (("resnet18", 2), ("resnet34", 2), ("resnet50", 8)):
+    for arch, kilobytes in (("resnet18", 2), ("resnet50", 8)):
         assert len(sizes[arch]) == 2 and all(0 <= size - 6 * kilobytes * 1024 < 3000 for size in sizes[arch])

@@ -32,9 +32,9 @@ def print_header(
         print(f"data      {len(train):,} training and {len(test):,} test images of {len(names)} classes")
     else:
         print(f"data      {len(train):,} images of {len(names)} classes; a fifth of each is held out to test on")
-    most, fewest = (end(enumerate(train.labels.bincount().tolist()), key=lambda each: each[1]) for end in (max, min))
-    if most[1] > UNEVEN * fewest[1] and not balanced:
-        few, many = (f"{count:,} of {shown(names[label])}" for label, count in (fewest, most))
+    counts = [(count, label) for label, count in enumerate(train.labels.bincount().tolist()) if count]
+    if max(counts)[0] > UNEVEN * min(counts)[0] and not balanced:
+        few, many = (f"{count:,} of {shown(names[label])}" for count, label in (min(counts), max(counts)))
         print(f"          {few}, {many}: --balance weighs all classes alike")
     print(f"best      epoch chosen on {chosen_on}", flush=True)
     if old := replaced_by(out):

@@ -26,8 +26,9 @@ class Tally:
     def add(self, loss: float, logits: Tensor, labels: Tensor) -> None:
         """The sum of a batch's losses, its logits (N, C) and labels (N,)."""
         self.loss += loss
-        for counts, rows in ((self.hits, labels[logits.argmax(1) == labels]), (self.images, labels)):
-            counts += torch.bincount(rows, minlength=len(counts)).cpu()
+        right, labels = (logits.argmax(1) == labels).cpu(), labels.cpu()
+        self.hits += labels[right].bincount(minlength=len(self.hits))
+        self.images += labels.bincount(minlength=len(self.images))
 
     def means(self) -> tuple[float, float, float]:
         """Mean loss, accuracy and macro recall (of classes with images) over the samples of all ranks that train it."""

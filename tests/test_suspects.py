@@ -37,7 +37,9 @@ def by_share(sample, table):
     """By share of swapped labels what became of them, of one to four draws: (swapped, judged) each."""
     found = {}
     for share in (0, 0.02, 0.05, 0.1, 0.2):
-        changed = [swapped(sample["train"].labels, share, seed) for seed in range({0: 1, 0.05: 4, 0.1: 4}.get(share, 2))]
+        changed = [
+            swapped(sample["train"].labels, share, seed) for seed in range({0: 1, 0.05: 4, 0.1: 4}.get(share, 2))
+        ]
         found[share] = [(each != sample["train"].labels, judged(table, each)) for each in changed]
     return found
 

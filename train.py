@@ -1,8 +1,9 @@
-"""Train an image classifier from text lists: a frozen ResNet-18 with a new head.
+"""Train an image classifier from lists or folders: a frozen ResNet-18 with a new head.
 
     python train.py --epochs 20
 
-Reads train.txt and test.txt, one image a line: its path, white space, its label.
+Reads train.txt and test.txt, one image a line: its path, white space, its label;
+or what --train and --test name, lists or folders of class folders.
 Writes best.pth whenever the test accuracy beats the best so far (a plain
 torchvision state dict), and best.csv, one row an epoch.
 

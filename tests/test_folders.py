@@ -173,6 +173,13 @@ def test_a_test_folder_has_the_training_folders_labels_and_an_unknown_class_is_a
     assert status == 2 and err.startswith("error: held: no class is called rot; there are blue, green, red\n")
 
 
+def test_a_test_folder_goes_by_the_training_folders_also_where_classes_are_named_otherwise(photos):
+    photo("held/red/1.png")
+    Path("names").write_text("azul\nverde\nrojo\n")
+    _, test, names, _ = find_lists(Path("photos"), Path("held"), Path(), Path("names"))
+    assert names == ["azul", "verde", "rojo"] and test.labels.tolist() == [2]
+
+
 def test_a_test_list_beside_another_training_list_counts_where_its_labels_lie_in_the_same_folders(photos):
     os.makedirs("lists")
     Path("lists/mine.txt").write_text("photos/red/5.png 0\nphotos/red/6.png 0\nphotos/blue/5.png 1\n")

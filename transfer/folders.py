@@ -98,7 +98,8 @@ def find_lists(
     test, more = None, []
     if test_path is not None:
         test, more = read_source(test_path, root)
-        more += relabelled(test, names) if test.names and names else []
+        if test.names and names:  # of a folder; its classes go by the training folders, whatever --classes calls them
+            more += relabelled(test, class_names(train, None))
     elif not train_path.is_dir() and (beside := train_path.with_name("test.txt")).is_file():
         test, more = read_list(beside, root)
         test_path = beside

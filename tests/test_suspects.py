@@ -34,11 +34,11 @@ def table(sample):
 
 @pytest.fixture(scope="module")
 def by_share(sample, table):
-    """By share of swapped labels what became of them, of one to four draws: (swapped, judged) each."""
+    """By share of swapped labels what became of them, of one to eight draws: (swapped, judged) each."""
     found = {}
     for share in (0, 0.02, 0.05, 0.1, 0.2):
         changed = [
-            swapped(sample["train"].labels, share, seed) for seed in range({0: 1, 0.05: 4, 0.1: 4}.get(share, 2))
+            swapped(sample["train"].labels, share, seed) for seed in range({0: 1, 0.05: 8, 0.1: 8}.get(share, 2))
         ]
         found[share] = [(each != sample["train"].labels, judged(table, each)) for each in changed]
     return found

@@ -39,8 +39,6 @@ from torchvision.transforms.functional import hflip
 
 from transfer import finetune
 from transfer.architectures import ARCHITECTURES, checkpoint_bytes, new_network
-from transfer.audit import audit_lists
-from transfer.audit_page import save_audit
 from transfer.backbone import backbone_of, inference_copy
 from transfer.calibration import ENOUGH, calibrate, logits_of
 from transfer.checkpoint import about_run, keep_epoch, load_state
@@ -370,12 +368,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"best      {history.chooser} {history.said(history.best)}, epoch {history.best_epoch} ({chosen_on})")
         judged = test_features
         if network and (args.val_split or args.audit):  # whose features are others than the frozen backbone's
-            extract_tuned = functools.partial(extract_features, inference_copy(backbone_of(model), compute), **how)
-            judged = extract_tuned(Views(test, [0], view_seed), alone=True)
+            backbone = inference_copy(backbone_of(model), compute)
+            judged = extract_features(backbone, Views(test, [0], view_seed), alone=True, **how)
         batches = functools.partial(judged.batches, judged.rows, 0, 1024)
         if args.val_split:
             print(f"test      {history.said(evaluate(model.fc.cpu(), batches())[1:])}, scored once")
         if args.audit:
+            from transfer.audit import audit_lists  # its searching and drawing are no business of a run without it
+            from transfer.audit_page import save_audit
+
             parts = (Views(train, [0], view_seed), listed), (Views(test, [0], view_seed), test_features)
             logits, _ = logits_of(model.fc.cpu(), batches())
             found = audit_lists(*parts, logits, epochs=args.epochs, lr=args.lr, compute=compute, **common)

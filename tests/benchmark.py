@@ -456,18 +456,14 @@ def other_photos(folder: Path, count: int) -> list:
     return options
 
 
-def audit_seconds(folder: Path, repeats: int, *more: object) -> tuple[float, float]:
-    """Median seconds of a job without an audit, and of what an audit adds to it, in turn."""
-    plain, added = [], []
-    for _ in range(repeats):
-        plain.append(run(*train_command(folder / "o.pth", *more), cwd=folder)[0])
-        added.append(run(*train_command(folder / "o.pth", *more, "--audit", "audit.html"), cwd=folder)[0] - plain[-1])
-    return statistics.median(plain), statistics.median(added)
-
-
 def row_audit(folder: Path, args) -> tuple:
     (folder / "food").symlink_to(ROOT / "food", target_is_directory=True)
-    plain, added = audit_seconds(folder, args.repeats, "--train", ROOT / "train.txt", "--test", ROOT / "test.txt")
+    command = train_command(folder / "o.pth", "--train", ROOT / "train.txt", "--test", ROOT / "test.txt")
+    plain, added = [], []
+    for _ in range(args.repeats):
+        plain.append(run(*command, cwd=folder)[0])
+        added.append(run(*command, "--audit", "audit.html", cwd=folder)[0] - plain[-1])
+    plain, added = statistics.median(plain), statistics.median(added)
     return f"{plain:.1f} s and {added:.1f} s more", added, "<=", 5, "s"
 
 
@@ -502,6 +498,17 @@ def find_nearest(count: str) -> None:
     print(json.dumps({"seconds": time.perf_counter() - began}))
 
 
+def swapped(labels: object, share: float, seed: int, classes: int = 20) -> object:
+    """The labels (N,), a share of them any other at random."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    count, changed = round(share * len(labels)), labels.clone()
+    rows = torch.randperm(len(labels), generator=generator)[:count]
+    changed[rows] = (labels[rows] + torch.randint(1, classes, (count,), generator=generator)) % classes
+    return changed
+
+
 def compare_labels() -> None:
     """How well swapped labels are found: ours against cleanlab's ranking of scikit-learn's probabilities."""
     import torch
@@ -521,10 +528,7 @@ def compare_labels() -> None:
         for share in (0.05, 0.1):
             found = {"ours": [], "precision": [], "theirs": [], "our time": [], "their time": []}
             for seed in range(4):
-                generator = torch.Generator().manual_seed(seed)
-                count, changed = round(share * len(labels)), labels.clone()
-                rows = torch.randperm(len(labels), generator=generator)[:count]
-                changed[rows] = (labels[rows] + torch.randint(1, 20, (count,), generator=generator)) % 20
+                changed = swapped(labels, share, seed)
                 wrong, began = changed != labels, time.perf_counter()
                 ours = judge_out_of_fold(table, changed, torch.arange(len(labels)), 20, [0.005] * EPOCHS, 64)
                 found["our time"].append(time.perf_counter() - began)

@@ -137,11 +137,16 @@ def sample_run(sample_job):
 
 
 @pytest.fixture(scope="session")
-def sample(sample_run):
+def backbone():
+    """The bundled backbone, as the main job has it."""
+    model = train.build_model("resnet18", 20, load_backbone(BUNDLED, "resnet18"), 0)
+    return inference_copy(backbone_of(model), pick_compute("cpu", "auto", None))
+
+
+@pytest.fixture(scope="session")
+def sample(sample_run, backbone):
     """Features of the sample's training list, evaluation view and mirror image, and of its test list."""
     compute = pick_compute("cpu", "auto", None)
-    model = train.build_model("resnet18", 20, load_backbone(BUNDLED, "resnet18"), 0)
-    backbone = inference_copy(backbone_of(model), compute)
     lists = {name: read_list(ROOT / f"{name}.txt", ROOT)[0] for name in ("train", "test")}
     views, how = {"train": range(4), "test": [0]}, {"compute": compute, "cache": sample_run[1].parent / "kept"}
     with pytest.MonkeyPatch.context() as patch:

@@ -11,15 +11,13 @@ import benchmark
 import numpy as np
 import pytest
 import torch
-from conftest import BUNDLED, ROOT, go, run_main
+from conftest import ROOT, go, run_main
 from PIL import Image, ImageDraw
 from sklearn.metrics import roc_auc_score
 from test_neighbours import COPIES
 
 import train
 from transfer.audit import Curve, Part, audit_lists, learning_curve, outlier_scores
-from transfer.backbone import backbone_of, inference_copy
-from transfer.checkpoint import load_backbone
 from transfer.device import pick_compute
 from transfer.features import Features, extract_features
 from transfer.folds import Dealt, mirror_plan
@@ -51,12 +49,6 @@ def noise():
 
 
 OUTSIDERS = {"gradients": gradient, "text": text, "noise": noise}
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    model = train.build_model("resnet18", 20, load_backbone(BUNDLED, "resnet18"), 0)
-    return inference_copy(backbone_of(model), COMPUTE)
 
 
 def joined(listed, features, paths, labels, backbone, views=2):

@@ -168,3 +168,14 @@ def test_digests_make_no_object_an_image():
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(digests.unique()) == 20_000 and most < 20_000 * 10
+
+
+def test_a_subset_is_its_images_alone_numbered_anew():
+    table, labels = torch.randn(7, 2, 16, generator=torch.Generator().manual_seed(0)), torch.arange(7)
+    whole = Features([table[:4], table[4:]], 4, labels, {2: "damaged"})
+    part = whole.subset(torch.tensor([6, 1, 4])).subset(torch.tensor([2, 0]))
+    assert part.labels.tolist() == [4, 6] and part.rows.tolist() == [0, 1] and not part.unread
+    assert torch.equal(part.take(part.rows, slice(None)), table[[4, 6]])
+    assert torch.equal(part.digests(), whole.digests()[[4, 6]])
+    ((inputs, known),) = part.batches(torch.tensor([1, 0]), torch.tensor([0, 1]), 8)
+    assert torch.equal(inputs, torch.stack([table[6, 0], table[4, 1]])) and known.tolist() == [6, 4]

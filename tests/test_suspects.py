@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from benchmark import swapped
 from cleanlab.rank import get_label_quality_scores
 from sklearn.metrics import average_precision_score
 
@@ -10,16 +11,6 @@ from transfer.folds import draw_folds, mirror_plan, out_of_fold_logits
 from transfer.suspects import judge_labels, judge_out_of_fold, likeliest_share
 
 RATES = [0.005] * 20
-
-
-def swapped(labels, share, seed, classes=20):
-    """The labels, a share of them any other at random."""
-    generator = torch.Generator().manual_seed(seed)
-    count = round(share * len(labels))
-    rows = torch.randperm(len(labels), generator=generator)[:count]
-    changed = labels.clone()
-    changed[rows] = (labels[rows] + torch.randint(1, classes, (count,), generator=generator)) % classes
-    return changed
 
 
 def judged(table, labels, noise=0.0):

@@ -14,14 +14,24 @@ from torch.utils.data import Dataset
 from transfer.device import Compute
 from transfer.features import Features
 from transfer.files import save_atomically
-from transfer.folds import WORK, Dealt, components, draw_folds, hold_out, learnable, mirror_plan, out_of_fold_logits
+from transfer.folds import (
+    MOST_EPOCHS,
+    WORK,
+    Dealt,
+    components,
+    draw_folds,
+    hold_out,
+    learnable,
+    mirror_plan,
+    out_of_fold_logits,
+)
 from transfer.lists import ImageList
 from transfer.neighbours import candidates, copies, nearest, thumbnails
 from transfer.suspects import Labels, judge_labels, judge_out_of_fold
 
 KINDS = ("label", "conflict", "leak", "duplicate", "outlier")
 COLUMNS = ("list", "line", "path", "kind", "label", "suggestion", "score", "other")
-MOST_EPOCHS, FEWEST_EPOCHS = 20, 3  # of those heads: fewer where images and classes are many
+FEWEST_EPOCHS = 3  # of heads out of fold, where images and classes are many
 CURVE, DRAWS = (1 / 8, 1 / 4, 1 / 2, 1), 3  # shares of the training images, and how often each is drawn
 FENCE = 1.5  # interquartile ranges above the upper quartile (Tukey 1977): outside; twice as far is far out
 
@@ -213,12 +223,11 @@ def learning_curve(images: Dealt, classes: int, rates: Sequence[float], batch_si
     if len(shares) < 2 or not images.known.any():
         return None
     accuracy, recall, sizes = torch.zeros(len(shares), DRAWS), torch.zeros(len(shares), DRAWS, classes), []
+    folds = [draw_folds(images.labels, images.groups, seed=draw) for draw in range(DRAWS)]
     for step, share in enumerate(shares):
-        for draw in range(DRAWS):
-            kept = None
-            if share < 1:
-                kept = hold_out(images.labels, images.groups, share, draw).nonzero().flatten()
-            fold = draw_folds(images.labels, images.groups, seed=draw)
+        for draw, fold in enumerate(folds):
+            part = hold_out(images.labels, images.groups, share, draw) if share < 1 else torch.ones_like(fold)
+            kept = part.nonzero().flatten()
             known = learnable(images.labels, fold)
             how = {"plan": mirror_plan, "batch_size": batch_size, "seed": draw, "kept": kept}
             logits = out_of_fold_logits(images.table, images.labels, fold, classes, rates, **how)
@@ -226,7 +235,7 @@ def learning_curve(images: Dealt, classes: int, rates: Sequence[float], batch_si
             accuracy[step, draw] = right.double().mean()
             of_class = images.labels[known]
             recall[step, draw] = of_class[right].bincount(minlength=classes) / of_class.bincount(minlength=classes)
-        sizes.append(count if kept is None else len(kept))
+        sizes.append(len(kept))
     return Curve(sizes, accuracy, images.labels.bincount(minlength=classes), recall.mean(1))
 
 

@@ -25,7 +25,7 @@ SAMPLE = 2000  # images that the likeness of different classes is measured on: 2
 BLOCK = 1024  # rows of a product at a time
 CLEARLY = 2  # standard errors
 FEW = 5  # images a class, below which a part of the list says nothing
-MOST_EPOCHS = 20  # that are compared
+MOST_EPOCHS = 20  # of heads out of fold
 
 
 def mirror_plan(epoch: int, kept: int) -> list[int]:

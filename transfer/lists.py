@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transfer.console import SHOWN_PROBLEMS, UserError, first_ten, first_three, reason_of, shown, warn
+from transfer.console import SHOWN_PROBLEMS, UserError, counted, first_ten, first_three, reason_of, shown, warn
 
 SLICE = 10_000  # paths that are taken apart at a time
 MAX_CLASSES = 100_000  # beyond this a label is a slip of the pen, and its head would not fit
@@ -51,10 +51,10 @@ class ImageList:
     def paths(self) -> list[bytes]:
         return list(self.each_path())
 
-    def subset(self, rows: Sequence[int] | Tensor) -> "ImageList":
-        paths, labels, lines = self.paths(), self.labels.tolist(), self.lines.tolist()
-        rows = rows.tolist() if torch.is_tensor(rows) else rows
-        return ImageList(self.name, [paths[r] for r in rows], [labels[r] for r in rows], [lines[r] for r in rows])
+    def subset(self, rows: Tensor) -> "ImageList":
+        paths = self.paths()
+        chosen = [paths[row] for row in rows.tolist()]
+        return ImageList(self.name, chosen, self.labels[rows].tolist(), self.lines[rows].tolist())
 
     def where(self, index: int) -> str:
         place = "" if self.names else f"{self.name}:{self.lines[index]}: "  # a folder has no lines
@@ -92,7 +92,7 @@ class ListsError(UserError):
     """All that is wrong in the lists: the first ten problems and their number."""
 
     def __init__(self, problems: Sequence[str]):
-        total = f"{len(problems):,} problem{'s' * (len(problems) > 1)} in the lists"
+        total = f"{counted(len(problems), 'problem')} in the lists"
         super().__init__(*first_ten(problems, total, "mend them and run again"))
 
 
@@ -169,7 +169,7 @@ def read_list(list_path: Path, root: Path, check_files: bool = True) -> tuple[Im
     if not paths and not problems:
         problems.append(f"{name}:1: the list is empty; each line is: path, white space, label")
     if repeats:
-        warn(f"{name}: {repeats:,} repeated line{'s' * (repeats > 1)} dropped")
+        warn(f"{name}: {counted(repeats, 'repeated line')} dropped")
     return ImageList(name, paths, labels, lines), problems
 
 

@@ -3,17 +3,18 @@
     python predict.py photo.jpg
     python predict.py test.txt --report report.html
 
-Images, folders, lists and paths on standard input go in; a line an image comes
-out on stdout: its path, then the likeliest classes with their probabilities.
-For lists with labels a table of what was right follows, and a report to look at.
+Reads images, folders, lists and paths on standard input. Prints one line per image
+on stdout: its path, then the likeliest classes with their probabilities. For lists
+with labels it then prints the accuracy of each class, and can draw a report.
 """
 
-from transfer import interrupts
+from transfer import guard_imports
+from transfer.flags import parse_predict_args
 
-if __name__ == "__main__":
-    interrupts.guard_imports()  # before torch's, which takes seconds
+if __name__ == "__main__":  # before torch's import, which takes seconds: Ctrl-C, --help and typing errors
+    guard_imports()
+    parse_predict_args()
 
-import argparse
 import csv
 import functools
 import io
@@ -29,17 +30,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from train import Views, draw_views
-from transfer.backbone import PASS_BATCH, backbone_of, each_image, embed, embed_batches, embed_in_order, inference_copy
+from train import ImageDataset, draw_views
+from transfer.backbone import PASS_BATCH, Backbone, embed, embed_batches, embed_dataset, inference_copy, unbatch
 from transfer.checkpoint import load_checkpoint
-from transfer.console import Help, Progress, UserError, fraction, one_line_errors, shown, whole
+from transfer.console import Progress, UserError, one_line_errors, printable
 from transfer.device import Compute, pick_compute
-from transfer.files import check_target
-from transfer.folders import images_in, read_folder, relabelled
+from transfer.files import check_outputs, history_path, page_outputs
+from transfer.folders import find_images, read_folder, remap_labels
 from transfer.images import SUFFIXES, as_rgb, read_image, upright
 from transfer.lists import ImageList, ListsError, read_list
-from transfer.piped import OwnPaths, PipedPaths
-from transfer.scores import Scores, likeliest, score_table
+from transfer.metrics import ClassificationScores, classification_report, likeliest
+from transfer.pages.report import save_report
+from transfer.stdin import PathRows, StdinPaths
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Classifier:
     backbone: nn.Module
     head: nn.Linear
     classes: list[str]
-    about: dict  # what train.py said of it; only `arch` and `classes` where it said nothing
+    metadata: dict  # what train.py saved with it; of other files only `arch` and `classes`
     compute: Compute
     views: Sequence[int] = (0,)  # of each image, that its features are the mean of
 
@@ -61,11 +63,11 @@ def load(
 
     mirror: predict from each image and its mirror image, at twice the cost.
     """
-    model, about = load_checkpoint(Path(path))
+    model, metadata = load_checkpoint(Path(path))
     # As it was trained, so that the accuracy is the one that training reported.
-    compute = pick_compute(device, "float32" if about.get("precision") == "float32" else "auto", workers)
-    backbone, views = inference_copy(backbone_of(model), compute), (0, 1) if mirror else (0,)
-    return Classifier(backbone, model.fc, about["classes"], about, compute, views)
+    compute = pick_compute(device, "float32" if metadata.get("precision") == "float32" else "auto", workers)
+    backbone, views = inference_copy(Backbone(model), compute), (0, 1) if mirror else (0,)
+    return Classifier(backbone, model.fc, metadata["classes"], metadata, compute, views)
 
 
 def probabilities(classifier: Classifier, features: Tensor) -> Tensor:
@@ -93,77 +95,106 @@ def predict(classifier: Classifier, images: Sequence[str | os.PathLike | Image.I
 
 
 @torch.inference_mode()
-def predict_images(classifier: Classifier, listed: ImageList, batch_size: int) -> Iterator[tuple[int, Tensor | str]]:
+def predict_images(
+    classifier: Classifier, image_list: ImageList, batch_size: int
+) -> Iterator[tuple[int, Tensor | str]]:
     """Each image's number and its probabilities (C,), or the reason why it can't be read; in order."""
-    compute = classifier.compute if len(listed) > batch_size else replace(classifier.compute, workers=0)
-    dataset, views = Views(listed, classifier.views, seed=0), len(classifier.views)
-    how = {"compute": compute, "batch_size": max(1, batch_size // views), "per_image": views}
-    for index, features in each_image(embed_in_order(classifier.backbone, dataset, range(len(listed)), **how)):
-        yield index, features if isinstance(features, str) else probabilities(classifier, features)
+    compute = classifier.compute if len(image_list) > batch_size else replace(classifier.compute, workers=0)
+    dataset, views = ImageDataset(image_list, classifier.views, seed=0), len(classifier.views)
+    batches = embed_dataset(
+        classifier.backbone,
+        dataset,
+        range(len(image_list)),
+        compute=compute,
+        batch_size=max(1, batch_size // views),
+        per_image=views,
+    )
+    for row, features in unbatch(batches):
+        yield row, features if isinstance(features, str) else probabilities(classifier, features)
 
 
 @torch.inference_mode()
-def predict_piped(classifier: Classifier, batch_size: int) -> Iterator[tuple[bytes, Tensor | str]]:
+def predict_stdin(classifier: Classifier, batch_size: int) -> Iterator[tuple[bytes, Tensor | str]]:
     """The same for the paths on standard input, as soon as they come: each path and its probabilities or the reason.
 
     Raises UserError (status 1) where standard input can't be read as lines.
     """
-    pipe, dataset = PipedPaths(batch_size), Views(OwnPaths(), classifier.views, seed=0)
+    paths, dataset = StdinPaths(batch_size), ImageDataset(PathRows(), classifier.views, seed=0)
     for few, workers in ((True, 0), (False, classifier.compute.workers)):  # they start once they pay, and stay
-        if not few and not pipe.unanswered:
+        if not few and not paths.pending:
             return
-        how = {"compute": replace(classifier.compute, workers=workers), "per_image": len(classifier.views)}
-        batches = embed_batches(classifier.backbone, dataset, functools.partial(pipe.batches, few), **how)
-        for (_, path), features in each_image(batches):
+        compute, receive = replace(classifier.compute, workers=workers), functools.partial(paths.batches, few)
+        batches = embed_batches(classifier.backbone, dataset, receive, compute=compute, per_image=len(classifier.views))
+        for (_, path), features in unbatch(batches):
             yield path, features if isinstance(features, str) else probabilities(classifier, features)
-            pipe.answered()
+            paths.mark_answered()
 
 
-def find_images(arguments: Sequence[str], root: Path, labelled: bool) -> tuple[list[ImageList], bool]:
-    """The images that files, folders and lists name, a part each, and whether all have labels. Raises UserError.
+# What is to be predicted
 
-    labelled: folders are such of class folders.
+
+def read_inputs(arguments: Sequence[str], root: Path, labelled: bool) -> tuple[list[ImageList], bool]:
+    """The images that files, folders and lists name, a list each, and whether all have labels. Raises UserError.
+
+    labelled: folders hold class folders.
     """
-    parts, problems, all_labelled = [], [], True
+    image_lists, problems, all_labelled = [], [], True
     for argument in arguments:
-        folder = os.path.isdir(argument)
-        if folder and labelled or argument.endswith(".txt") and not folder:
+        is_folder = os.path.isdir(argument)
+        if is_folder and labelled or argument.endswith(".txt") and not is_folder:
             # Of a list each line has a row, also that of a missing image.
-            listed, wrong = read_folder(Path(argument)) if folder else read_list(Path(argument), root, False)
-            problems += wrong
-            parts.append(listed)
-            continue
-        all_labelled, found = False, [os.fsencode(argument)]
-        if folder:
-            found, *_ = images_in(os.fsencode(argument))
-            if not found:
-                problems.append(f"{shown(argument)}: no image in this folder; their names end in {', '.join(SUFFIXES)}")
-        parts.append(ImageList(argument, found, [0] * len(found), range(len(found))))
+            image_list, found = read_folder(Path(argument)) if is_folder else read_list(Path(argument), root, False)
+            problems += found
+        else:
+            all_labelled = False
+            paths = find_images(os.fsencode(argument))[0] if is_folder else [os.fsencode(argument)]
+            if not paths:
+                endings = ", ".join(SUFFIXES)
+                problems.append(f"{printable(argument)}: no image in this folder; their names end in {endings}")
+            image_list = ImageList(argument, paths, [0] * len(paths), range(len(paths)))
+        image_lists.append(image_list)
     if problems:
         raise ListsError(problems)
-    return parts, all_labelled
+    return image_lists, all_labelled
 
 
-def joined(parts: Sequence[ImageList], classes: Sequence[str], model: Path) -> ImageList:
-    """All parts as one, class folders with the model's labels. Raises UserError where it lacks a class."""
-    if problems := [problem for part in parts if part.names for problem in relabelled(part, classes)]:
+def join_lists(image_lists: Sequence[ImageList], classes: Sequence[str], model: Path) -> ImageList:
+    """All lists as one, class folders with the model's labels. Raises UserError where it lacks a class."""
+    folders = [image_list for image_list in image_lists if image_list.classes]
+    if problems := [problem for folder in folders for problem in remap_labels(folder, classes)]:
         raise UserError(
-            *problems, f"{shown(model)} was trained on other classes; rename the folders as those are named"
+            *problems, f"{printable(model)} was trained on other classes; rename the folders as those are named"
         )
-    if len(parts) == 1:
-        return parts[0]
-    paths = [path for part in parts for path in part.paths()]
-    labels = [label for part in parts for label in part.labels.tolist()]
+    if len(image_lists) == 1:
+        return image_lists[0]
+    paths = [path for image_list in image_lists for path in image_list.paths()]
+    labels = [label for image_list in image_lists for label in image_list.labels.tolist()]
     return ImageList("", paths, labels, range(len(paths)))
 
 
-# What is printed: a row an image
+def check_labels(image_list: ImageList, classes: Sequence[str], model: Path) -> None:
+    """Raises UserError where a label is none of the model's classes."""
+    if int(image_list.labels.max()) >= len(classes):
+        row = int(image_list.labels.argmax())
+        both = f"label {image_list.labels[row]}, but {printable(model)} knows {len(classes)} classes, from 0"
+        raise UserError(f"{image_list.where(row)}: {both}; use the lists it was trained with")
+
+
+def check_flags(report: Path | None, labelled: bool, *, inputs_labelled: bool) -> None:
+    """Raises UserError where what --report or --labelled asks for needs labels, and there are none."""
+    if (report or labelled) and not inputs_labelled:
+        flag = "--report" if report else "--labelled"
+        fix = "give lists of lines with path and label, ending in .txt, or folders of class folders and --labelled"
+        raise UserError(f"{flag}: needs labels; {fix}")
+
+
+# What is printed: a row per image
 
 
 def row_printer(style: str, classes: Sequence[str], top_k: int, min_prob: float) -> Callable[..., None]:
     """A function that prints one image's row: its path, its true class or None, its probabilities or an error.
 
-    text: for people, errors on stderr. csv: RFC 4180 with a header. json: an object a line. Names are exact in csv
+    text: for people, errors on stderr. csv: RFC 4180 with a header. json: one object per line. Names are exact in csv
     and json, for programs; but a terminal never gets their control characters, which JSON escapes by itself.
     """
     count = min(top_k, len(classes))
@@ -184,92 +215,64 @@ def row_printer(style: str, classes: Sequence[str], top_k: int, min_prob: float)
             print(json.dumps({"path": os.fsdecode(path), "error": error, "truth": truth, "name": name, "top": top}))
         elif style == "csv":
             cells = [os.fsdecode(path), error, truth, name, *itertools.chain(*tops or [(None, None)] * count)]
-            writer.writerow(cells if exact else [shown(cell) if isinstance(cell, str) else cell for cell in cells])
+            writer.writerow(cells if exact else [printable(cell) if isinstance(cell, str) else cell for cell in cells])
         elif error:
-            print(f"error: {shown(path)}: {error}", file=sys.stderr)
+            print(f"error: {printable(path)}: {error}", file=sys.stderr)
         else:
             verdict = "unknown: " if name == "unknown" != tops[0][0] else ""
-            print(f"{shown(path)}  {verdict}{', '.join(f'{shown(each)} {prob:.1%}' for each, prob in tops)}")
+            print(f"{printable(path)}  {verdict}{', '.join(f'{printable(each)} {prob:.1%}' for each, prob in tops)}")
 
     return print_row
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s IMAGE [IMAGE ...] [option ...]",
-        description="Name what is in images; of those with labels, say how much is right.",
-        epilog="example: python predict.py test.txt --report report.html",
-        formatter_class=Help,
-    )
-    what = "images, folders, lists ending in .txt, or - for paths on standard input"
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help=what)
-    parser.add_argument("--labelled", action="store_true", help="folders hold class folders: score them")
-    parser.add_argument("--model", type=Path, default="best.pth", metavar="FILE", help="what train.py saved")
-    parser.add_argument("--root", type=Path, default=".", metavar="DIR", help="where the paths in lists begin")
-    output = parser.add_argument_group("output").add_argument
-    output("--top-k", type=whole(1), default=3, metavar="K", help="classes named for each image")
-    output("--min-prob", type=fraction, metavar="P", help="below this an image is named unknown")
-    output("--format", choices=("text", "csv", "json"), default="text", metavar="NAME", help="text, csv or json")
-    output("--report", type=Path, metavar="FILE", help="page of the mistakes, where there are labels")
-    running = parser.add_argument_group("running").add_argument
-    running("--mirror", action="store_true", help="from both sides, at twice the time")
-    running("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
-    running("--batch-size", type=whole(1), metavar="N", help="images at a time (default: by device)")
-    running("--workers", type=whole(0), metavar="N", help="decoding processes (default: one a core)")
-    args = parser.parse_args(argv)
-    if "-" in args.images and len(args.images) > 1:
-        parser.error("- stands alone: other images can come on standard input too")
-    return args
-
-
 @one_line_errors()
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    piped = args.images == ["-"]
-    parts, labelled = ([], False) if piped else find_images(args.images, args.root, args.labelled)
-    if (args.report or args.labelled) and not labelled:
-        flag = "--report" if args.report else "--labelled"
-        fix = "give lists of lines with path and label, ending in .txt, or folders of class folders and --labelled"
-        raise UserError(f"{flag}: needs labels; {fix}")
-    if args.report:
-        from transfer.report import save_report  # its drawing is no business of a plain prediction
+    args = parse_predict_args(argv)
+    from_stdin = args.images == ["-"]
 
-        history = f"{os.path.splitext(args.model)[0]}.csv"
-        read = [*args.images, args.model, history, *(path for part in parts for path in part.paths())]
-        check_target("--report", [args.report], read)
+    # Everything that can be checked is, before the model is loaded.
+    image_lists, labelled = ([], False) if from_stdin else read_inputs(args.images, args.root, args.labelled)
+    check_flags(args.report, args.labelled, inputs_labelled=labelled)
+    if args.report:
+        images = (path for image_list in image_lists for path in image_list.each_path())
+        check_outputs(
+            page_outputs("--report", args.report, table=False),
+            [*args.images, args.model, history_path(args.model), *images],
+        )
     classifier = load(args.model, args.device, args.workers, args.mirror)
     classes = classifier.classes
-    listed = None if piped else joined(parts, classes, args.model)
-    if labelled and int(listed.labels.max()) >= len(classes):
-        row = int(listed.labels.argmax())
-        both = f"label {listed.labels[row]}, but {shown(args.model)} knows {len(classes)} classes, from 0"
-        raise UserError(f"{listed.where(row)}: {both}; use the lists it was trained with")
+    image_list = None if from_stdin else join_lists(image_lists, classes, args.model)
+    if labelled:
+        check_labels(image_list, classes, args.model)
 
+    # A row is printed for each image as soon as it is there.
     print_row = row_printer(args.format, classes, args.top_k, args.min_prob or 0)
     batch_size = args.batch_size or PASS_BATCH[classifier.compute.device.type]
-    scores, scored, unread = Scores(len(classes)), [], 0
-    progress = None if piped or sys.stdout.isatty() else Progress("predicted", len(listed))
-    answers = predict_piped(classifier, batch_size) if piped else predict_images(classifier, listed, batch_size)
-    for row, found in answers:
-        path, label = (row, None) if piped else (listed.path(row), int(listed.labels[row]))
-        print_row(path, classes[label] if labelled else None, found)
+    scores, scored, unreadable = ClassificationScores(len(classes)), [], 0
+    progress = None if from_stdin or sys.stdout.isatty() else Progress("predicted", len(image_list))
+    rows = predict_stdin(classifier, batch_size) if from_stdin else predict_images(classifier, image_list, batch_size)
+    for row, probs in rows:
+        path, label = (row, None) if from_stdin else (image_list.path(row), int(image_list.labels[row]))
+        print_row(path, classes[label] if labelled else None, probs)
         sys.stdout.flush()  # somebody may wait for it
-        if isinstance(found, str):
-            unread += 1
+        if isinstance(probs, str):
+            unreadable += 1
         elif labelled:
-            scores.add(label, found)
+            scores.update(label, probs)
             if args.report:
-                scored.append((path, label, found))
+                scored.append((path, label, probs))
         if progress:
             progress.add(1)
+
+    # Where labels are known, the table and the report follow.
+    stream = sys.stdout if args.format == "text" else sys.stderr  # rows alone in what programs read
     if scores.count:
-        table = sys.stdout if args.format == "text" else sys.stderr  # rows alone in what programs read
-        print(f"\n{score_table(scores, classes)}", file=table)
+        print(f"\n{classification_report(scores, classes)}", file=stream)
     if scored:
-        found = {"about": classifier.about, "scores": scores, "classes": classes, "images": scored}
-        save_report(args.report, **found, model=args.model, list_name=", ".join(map(shown, args.images)))
-        print(f"\nreport saved in {shown(args.report)}", file=table)
-    if unread:
+        names = ", ".join(map(printable, args.images))
+        save_report(args.report, classifier.metadata, scores, scored, model=args.model, list_name=names)
+        print(f"\nreport saved in {printable(args.report)}", file=stream)
+    if unreadable:
         sys.exit(1)
 
 

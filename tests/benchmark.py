@@ -21,9 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -104,8 +105,8 @@ def pass_rates(folder: str, count: str, arch: str = "resnet18") -> None:
     from transfer.lists import ImageList
 
     paths = sorted(os.fsencode(path) for path in Path(folder).rglob("*.jpg"))[: int(count)]
-    listed = ImageList("bench", paths, [0] * len(paths), range(len(paths)))
-    compute, backbone, width = ready_backbone(arch)
+    image_list = ImageList("bench", paths, [0] * len(paths), range(len(paths)))
+    compute, backbone = ready_backbone(arch)
     batch = PASS_BATCH[compute.device.type]
     ready = torch.randn(batch, 3, 224, 224, device=compute.device)
     ready = ready.to(compute.dtype, memory_format=torch.channels_last)
@@ -120,25 +121,23 @@ def pass_rates(folder: str, count: str, arch: str = "resnet18") -> None:
         found["ready"].append(rounds * batch / (time.perf_counter() - began))
         for name, views in (("pass", range(4)), ("evaluation", [0])):
             began = time.perf_counter()
-            extract_features(backbone, train.Views(listed, views, 0), width=width, compute=compute)
+            extract_features(backbone, train.ImageDataset(image_list, views, 0), compute=compute)
             found[name].append(len(paths) * len(views) / (time.perf_counter() - began))
     print(json.dumps({name: statistics.median(values) for name, values in found.items()}))
 
 
 def ready_backbone(arch: str = "resnet18") -> tuple:
-    """Where train.py would compute here, a backbone ready for it, and how many features it gives: the bundled one, or
-    random weights of another architecture.
+    """Where train.py would compute here, and a backbone ready for it: the bundled one, or random weights of another
+    architecture.
     """
     import train
-    from transfer.backbone import backbone_of, inference_copy
+    from transfer.backbone import Backbone, inference_copy
     from transfer.checkpoint import load_backbone
-    from transfer.device import Compute, pick_device, pick_precision
-    from transfer.distributed import cores_of_rank
+    from transfer.device import pick_compute
 
-    device = pick_device("auto")
-    compute = Compute(device, pick_precision("auto", device), cores_of_rank())
+    compute = pick_compute("auto", "auto", None)
     model = train.build_model(arch, 20, load_backbone(WEIGHTS, arch) if arch == "resnet18" else None, 0)
-    return compute, inference_copy(backbone_of(model), compute), model.fc.in_features
+    return compute, inference_copy(Backbone(model), compute)
 
 
 def parse_list(path: str) -> None:
@@ -146,12 +145,11 @@ def parse_list(path: str) -> None:
     from transfer.lists import read_list
 
     began = time.perf_counter()
-    listed, problems = read_list(Path(path), Path())
+    image_list, problems = read_list(Path(path), Path())
     seconds = time.perf_counter() - began
-    kept = sum(each.nbytes for each in (listed.text, listed.ends, listed.labels, listed.lines))
-    print(
-        json.dumps({"seconds": seconds, "bytes": kept / len(listed), "lines": len(listed), "problems": len(problems)})
-    )
+    kept = sum(each.nbytes for each in (image_list.text, image_list.ends, image_list.labels, image_list.lines))
+    count = len(image_list)
+    print(json.dumps({"seconds": seconds, "bytes": kept / count, "lines": count, "problems": len(problems)}))
 
 
 def run(*command: object, cwd: Path = ROOT) -> tuple[float, str]:
@@ -243,7 +241,7 @@ def row_accuracy(folder: Path, args) -> tuple:
         plain.append(
             100 * max(run_json("plain", ROOT / "train.txt", ROOT / "test.txt", EPOCHS, seed, cwd=folder)["history"])
         )
-    each = [f"{statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" for v in (ours, plain)]
+    each = [mean_and_spread(values) for values in (ours, plain)]
     return f"{each[0]} - {each[1]} %", statistics.mean(ours) - statistics.mean(plain), ">=", 0, "points"
 
 
@@ -270,7 +268,7 @@ def row_gain(folder: Path, args) -> tuple:
         head.append(max(accuracies[:EPOCHS]))
         tuned.append(max(accuracies))
         last.append(accuracies[-1])
-    each = [f"{statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" for v in (tuned, last, head)]
+    each = [mean_and_spread(values) for values in (tuned, last, head)]
     measured = f"{each[0]} (last epoch {each[1]}) from {each[2]} %"
     return measured, statistics.mean(tuned), ">=", 64, "%"
 
@@ -301,13 +299,13 @@ def row_ece_tuned(folder: Path, args) -> tuple:
 class Silent:
     """In place of a `History`: nothing is best, and nothing written."""
 
-    def judged(self, val: tuple) -> float:
+    def score(self, val: tuple) -> float:
         return val[1]
 
     def is_best(self, val: tuple) -> bool:
         return False
 
-    def add(self, *_) -> None:
+    def add(self, *_: object) -> None:
         pass
 
 
@@ -320,51 +318,58 @@ def both_lists(views: Sequence[int]) -> dict:
     from transfer.features import extract_features
     from transfer.lists import read_list
 
-    compute, backbone, width = ready_backbone()
+    compute, backbone = ready_backbone()
     found = {}
     for name in ("train", "test"):
-        listed, _ = read_list(ROOT / f"{name}.txt", ROOT)
-        found[name] = extract_features(backbone, train.Views(listed, views, 0), width=width, compute=compute)
-        upright = train.EVALUATION_VIEW
-        train.EVALUATION_VIEW = T.Compose([upright, T.RandomRotation(30), T.ColorJitter(brightness=(0.6, 1.4))])
+        image_list, _ = read_list(ROOT / f"{name}.txt", ROOT)
+        found[name] = extract_features(backbone, train.ImageDataset(image_list, views, 0), compute=compute)
+        upright = train.EVAL_TRANSFORM
+        train.EVAL_TRANSFORM = T.Compose([upright, T.RandomRotation(30), T.ColorJitter(brightness=(0.6, 1.4))])
         torch.manual_seed(0)
         alone = replace(compute, workers=0)  # so that the seed draws them
-        found[f"{name} turned"] = extract_features(backbone, train.Views(listed, [0], 0), width=width, compute=alone)
-        train.EVALUATION_VIEW = upright
+        found[f"{name} turned"] = extract_features(backbone, train.ImageDataset(image_list, [0], 0), compute=alone)
+        train.EVAL_TRANSFORM = upright
     return found
 
 
-def train_on(features: object, tests: Sequence, plan: Callable, seed: int) -> tuple:
-    """A head trained by the recipe's loop; the best accuracy and the last on the first test list, at their best and
-    last epoch on the others, all in percent.
-    """
+class Watching(Silent):
+    """The same, and how often a head is right about some lists after each epoch, in percent."""
 
-    import torch
+    def __init__(self, head: object, tests: Sequence):
+        self.head, self.tests, self.accuracies = head, tests, []
+
+    def add(self, *_: object) -> None:
+        self.accuracies.append([share_right(self.head, test) for test in self.tests])
+
+
+def train_on(features: object, tests: Sequence, epoch_views: Callable, seed: int) -> tuple:
+    """A head trained by the recipe's loop; the best accuracy and the last on the first test list, at their best and
+    last epoch on the others, all in percent. epoch_views: in place of the recipe's own.
+    """
+    from torch import nn
 
     import train
+    from transfer.features import Split, Splits
+    from transfer.flags import parse_train_args
+    from transfer.training import Hyperparameters
 
-    head, history, others = train.build_model("resnet18", 20, None, seed).fc, Silent(), []
-
-    def val_batches() -> Iterator:
-        with torch.no_grad():
-            others.append([share_right(head, test) for test in tests])
-        return tests[0].batches(tests[0].rows, 0, 64)
-
-    options = {"epochs": EPOCHS, "lr": 0.005, "batch_size": 64, "seed": seed, "save": lambda *_: None}
-    train.train_head(head, features, plan, val_batches, history=history, **options)
-    return [(max(each), each[-1]) for each in zip(*others, strict=True)], head
-
-
-def first_views(features: object, count: int) -> object:
-    from transfer.features import Features
-
-    return Features([chunk[:, :count] for chunk in features.chunks], features.step, features.labels)
+    head = train.build_model("resnet18", 20, None, seed).fc
+    history, criterion = Watching(head, tests), nn.CrossEntropyLoss(reduction="sum")
+    train_split, test_split = Split(None, features), Split(None, tests[0])
+    splits = Splits(train_split, train_split, test_split, test_split)
+    hparams = replace(Hyperparameters.from_flags(vars(parse_train_args([]))), seed=seed)
+    with mock.patch("transfer.training.epoch_views", epoch_views):
+        train.train_head(head, criterion, splits, hparams, history=history, checkpointer=None)
+    return [(max(each), each[-1]) for each in zip(*history.accuracies, strict=True)], head
 
 
 def share_right(head: object, test: object, views: int = 1) -> float:
     """Percent of a list that a head is right about, from the mean of so many views."""
-    features = test.take(test.rows, slice(views)).mean(1)
-    return 100 * float((head(features).argmax(1) == test.labels).double().mean())
+    import torch
+
+    features = test.gather(test.rows, slice(views)).mean(1)
+    with torch.no_grad():
+        return 100 * float((head(features).argmax(1) == test.labels).double().mean())
 
 
 def best_ceiling(features: object, test: object) -> tuple[float, float]:
@@ -374,10 +379,10 @@ def best_ceiling(features: object, test: object) -> tuple[float, float]:
     import numpy as np
     from sklearn.linear_model import LogisticRegression
 
-    from transfer.folds import draw_folds, near_duplicates
+    from transfer.crossval import assign_folds, near_duplicates
 
-    table, labels = features.take(features.rows, slice(2)), features.labels
-    fold = draw_folds(labels, near_duplicates(table[:, 0], labels)).numpy()
+    table, labels = features.gather(features.rows, slice(2)), features.labels
+    fold = assign_folds(labels, near_duplicates(table[:, 0], labels)).numpy()
     table, labels, began = table.numpy(), labels.numpy(), time.perf_counter()
 
     def fit(rows: object, c: float) -> object:
@@ -389,45 +394,44 @@ def best_ceiling(features: object, test: object) -> tuple[float, float]:
         return float(np.concatenate(right).mean())
 
     chosen = max((0.003, 0.01, 0.03, 0.1, 0.3, 1.0), key=out_of_fold)
-    found = fit(fold >= 0, chosen).predict(test.take(test.rows, 0).numpy()) == test.labels.numpy()
+    found = fit(fold >= 0, chosen).predict(test.gather(test.rows, 0).numpy()) == test.labels.numpy()
     return 100 * float(found.mean()), time.perf_counter() - began
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def compare_views() -> None:
     """Test accuracy, mean and spread of 3 head seeds, by what the head trains on: on the sample, on its lists swapped,
     and on the sample's test list turned and dimmed.
     """
-    from transfer.folds import PLANS, choose_plan, mirror_plan, recipe_plan
+    from transfer.training import epoch_views
 
     lists = both_lists(range(6))
-    options = {"epochs": EPOCHS, "lr": 0.005, "batch_size": 64, "seed": 0}
-    plans = {
-        "evaluation view and 3 random, one an epoch (before)": lambda t, kept: [[0, 2, 3, 4][(t - 1) % 4]],
-        "4 random views, one an epoch": lambda t, kept: [2 + (t - 1) % 4],
-        "evaluation view": lambda t, kept: [0],
-        "evaluation view and mirror image, one an epoch": lambda t, kept: [(t - 1) % 2],
-        "both in every epoch (`--augment mirror`)": mirror_plan,
-        "and a random view (`--augment recipe`)": lambda t, kept: recipe_plan(t, 4),
-        "`--augment auto`": None,
+    choices = {
+        "evaluation view and 3 random, one an epoch": lambda epoch, _: [[0, 2, 3, 4][(epoch - 1) % 4]],
+        "4 random views, one an epoch": lambda epoch, _: [2 + (epoch - 1) % 4],
+        "evaluation view (`--views 1`)": lambda epoch, _: epoch_views(epoch, 1),
+        "evaluation view and mirror image, one an epoch": lambda epoch, _: [(epoch - 1) % 2],
+        "both in every epoch (`--views 2`)": lambda epoch, _: epoch_views(epoch, 2),
+        "and one of 2 random views by turns (the default)": lambda epoch, _: epoch_views(epoch, 4),
     }
-    say = lambda values: f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"  # noqa: E731
     print("| the head trains on | sample, best / last | swapped, best / last | turned and dimmed, best / last |")
     print("|---|---|---|---|")
-    for name, plan in plans.items():
+    for name, chosen in choices.items():
         cells, sides = [], []
         for here, there in (("train", "test"), ("test", "train")):
-            chosen = plan or choose_plan(first_views(lists[here], 4), PLANS, "auto", **options)[0]
             runs = [train_on(lists[here], [lists[there], lists[f"{there} turned"]], chosen, seed) for seed in range(3)]
             both = list(zip(*(scores for scores, _ in runs), strict=True))
-            cells.append([" / ".join(map(say, zip(*each, strict=True))) for each in both])
+            cells.append([" / ".join(map(mean_and_spread, zip(*each, strict=True))) for each in both])
             sides.append([share_right(head, lists[there], 2) - scores[0][1] for scores, head in runs])
         print(f"| {name} | {cells[0][0]} % | {cells[1][0]} % | {cells[0][1]} % |", flush=True)
-        if plan is mirror_plan:
-            gains = [statistics.mean(each) for each in sides]
+    gains = [statistics.mean(each) for each in sides]  # of the last choice, the default
     ceilings = [best_ceiling(lists["train"], lists["test"]), best_ceiling(lists["test"], lists["train"])]
     print(f"| logistic regression at its best C | {ceilings[0][0]:.1f} % | {ceilings[1][0]:.1f} % | |")
     began = time.perf_counter()
-    train_on(lists["train"], [lists["test"]], mirror_plan, 0)
+    train_on(lists["train"], [lists["test"]], chosen, 0)
     ours = time.perf_counter() - began
     print(
         f"\n{ceilings[0][1]:.1f} s for logistic regression and its C, {ours:.1f} s for ours on the sample's features."
@@ -517,20 +521,22 @@ def compare_labels() -> None:
     from sklearn.metrics import average_precision_score
     from sklearn.model_selection import cross_val_predict
 
-    from transfer.suspects import judge_out_of_fold
+    from transfer.audit.label_errors import score_labels_out_of_fold
 
     lists = both_lists(range(2))
     print("| swapped | suspects that are wrong | average precision | time | cleanlab on scikit-learn's | time |")
     print("|---|---|---|---|---|---|")
     for name in ("train", "test"):
         features = lists[name]
-        table, labels = features.take(features.rows, slice(2)), features.labels
+        table, labels = features.gather(features.rows, slice(2)), features.labels
         for share in (0.05, 0.1):
             found = {"ours": [], "precision": [], "theirs": [], "our time": [], "their time": []}
             for seed in range(4):
                 changed = swapped(labels, share, seed)
                 wrong, began = changed != labels, time.perf_counter()
-                ours = judge_out_of_fold(table, changed, torch.arange(len(labels)), 20, [0.005] * EPOCHS, 64)
+                ours = score_labels_out_of_fold(
+                    table, changed, torch.arange(len(labels)), num_classes=20, lrs=[0.005] * EPOCHS, batch_size=64
+                )
                 found["our time"].append(time.perf_counter() - began)
                 found["ours"].append(average_precision_score(wrong, -ours.confidence))
                 found["precision"].append(float(wrong[ours.suspects].double().mean()))
@@ -551,12 +557,12 @@ def compare_labels() -> None:
 
 def row_one_photo(folder: Path, args) -> tuple:
     run(*train_command(folder / "o.pth", "--epochs", 1))
-    photo, alone = [], []
+    photo, torch_alone = [], []
     for _ in range(max(5, args.repeats)):
         photo.append(run(sys.executable, "predict.py", "food/banana/test_01.jpg", "--model", folder / "o.pth")[0])
-        alone.append(run(sys.executable, "-c", "import torch, torchvision")[0])
-    ratio = statistics.median(a / b for a, b in zip(photo, alone, strict=True))
-    return f"{statistics.median(photo):.2f} / {statistics.median(alone):.2f} s", ratio, "<=", 1.15, ""
+        torch_alone.append(run(sys.executable, "-c", "import torch, torchvision")[0])
+    ratio = statistics.median(a / b for a, b in zip(photo, torch_alone, strict=True))
+    return f"{statistics.median(photo):.2f} / {statistics.median(torch_alone):.2f} s", ratio, "<=", 1.15, ""
 
 
 def row_folder(folder: Path, args) -> tuple:
@@ -661,7 +667,7 @@ def describe_machine() -> str:
     import torch
     import torchvision
 
-    compute, *_ = ready_backbone()
+    compute, _ = ready_backbone()
     cpu = next(
         (line.split(": ")[1] for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
     )

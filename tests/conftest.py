@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,17 @@ sys.path.insert(0, str(ROOT))
 import predict  # noqa: E402
 import train  # noqa: E402
 from transfer.architectures import weights_of as architecture_weights  # noqa: E402
-from transfer.backbone import backbone_of, inference_copy  # noqa: E402
+from transfer.backbone import Backbone, inference_copy  # noqa: E402
 from transfer.checkpoint import load_backbone  # noqa: E402
 from transfer.device import Compute, pick_compute  # noqa: E402
-from transfer.features import extract_features  # noqa: E402
+from transfer.features import Split, extract_features  # noqa: E402
+from transfer.flags import parse_train_args  # noqa: E402
 from transfer.images import read_image  # noqa: E402
 from transfer.lists import read_list  # noqa: E402
+from transfer.training import Hyperparameters  # noqa: E402
 
 BUNDLED = ROOT / "food" / "resnet18-grocery.pth"
+HPARAMS = Hyperparameters.from_flags(vars(parse_train_args([])))  # the recipe's
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
 
 
@@ -81,6 +85,36 @@ def make_photos(folder: Path, per_class: int = 4, size: tuple[int, int] = (64, 6
                 Image.new("RGB", size, tuple(max(0, value - shade) for value in rgb)).save(path)
                 lines.append(f"{colour}/{path.name} {label}\n")
         (folder / f"{name}.txt").write_text("".join(lines))
+
+
+def save_photo(path: str | Path, colour: str = "red", shade: int = 0, size: tuple[int, int] = (64, 64)) -> None:
+    """A PNG of one solid colour, with the folders that it lies in."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, tuple(max(0, value - shade) for value in COLOURS[colour])).save(path)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A working directory with photos/ of three class folders, of which one has a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    for colour in COLOURS:
+        for number in range(10):
+            inner = "older/" if colour == "red" and number < 3 else ""
+            save_photo(f"photos/{colour}/{inner}{number}.png", colour, 2 * number)
+    return tmp_path
+
+
+@pytest.fixture
+def uneven(tmp_path, monkeypatch):
+    """A working directory with 33 photos of red, 3 of green, and the flags of a run on them."""
+    monkeypatch.chdir(tmp_path)
+    for colour, count in (("red", 33), ("green", 3)):
+        for number in range(count):
+            save_photo(f"photos/{colour}/{number}.png", colour, 3 * number)
+            if number < 3:
+                save_photo(f"held/{colour}/{number}.png", colour, 3 * number + 1)
+    return "--train", "photos", "--test", "held", "--epochs", 2
 
 
 @pytest.fixture(autouse=True)
@@ -140,21 +174,24 @@ def sample_run(sample_job):
 def backbone():
     """The bundled backbone, as the main job has it."""
     model = train.build_model("resnet18", 20, load_backbone(BUNDLED, "resnet18"), 0)
-    return inference_copy(backbone_of(model), pick_compute("cpu", "auto", None))
+    return inference_copy(Backbone(model), pick_compute("cpu", "auto", None))
+
+
+def new_head():
+    """The recipe's first head for the sample, of 512 features and 20 classes."""
+    return train.build_model("resnet18", 20, None, seed=0).fc
 
 
 @pytest.fixture(scope="session")
 def sample(sample_run, backbone):
-    """Features of the sample's training list, evaluation view and mirror image, and of its test list."""
+    """The sample's training list and test list as splits: features of four views, and of the evaluation view."""
     compute = pick_compute("cpu", "auto", None)
     lists = {name: read_list(ROOT / f"{name}.txt", ROOT)[0] for name in ("train", "test")}
-    views, how = {"train": range(4), "test": [0]}, {"compute": compute, "cache": sample_run[1].parent / "kept"}
+    views, options = {"train": range(4), "test": [0]}, {"compute": compute, "cache": sample_run[1].parent / "kept"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)  # whose paths the kept features are of
-        return {
-            name: extract_features(backbone, train.Views(listed, views[name], 0), width=512, **how)
-            for name, listed in lists.items()
-        }
+        datasets = {name: train.ImageDataset(image_list, views[name], 0) for name, image_list in lists.items()}
+        return {name: Split(each, extract_features(backbone, each, **options)) for name, each in datasets.items()}
 
 
 @pytest.fixture(scope="session")
@@ -185,9 +222,8 @@ class SmallNetwork(nn.Module):
 def job(colours, monkeypatch):
     """In a folder with lists of solid colours: what train.py makes of more arguments, with a small network."""
     monkeypatch.setattr("transfer.architectures.get_model", lambda arch, num_classes: SmallNetwork(num_classes))
-    monkeypatch.setattr(
-        "transfer.architectures.weights_of", architecture_weights.__wrapped__
-    )  # nothing kept of other networks
+    # Nothing kept of other networks.
+    monkeypatch.setattr("transfer.architectures.weights_of", architecture_weights.__wrapped__)
     return lambda *args: run_main(train.main, *PLAIN, *args)
 
 
@@ -196,6 +232,25 @@ def trained(job):
     """The same after one run: best.pth is there."""
     assert job()[0] == 0
     return job
+
+
+@pytest.fixture
+def quick_model(model, monkeypatch):
+    """The same, with a backbone of next to no work: for tests in which what the network sees plays no part."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(1), nn.Linear(48, 512)).eval()
+
+    def load(path, device, workers, mirror):
+        return replace(model, backbone=backbone, compute=replace(model.compute, workers=workers))
+
+    monkeypatch.setattr(predict, "load", load)
+
+
+def answer(*args, status=0):
+    """A run of predict.py with this exit status: stdout and stderr."""
+    found, out, err = run_main(predict.main, "--workers", 0, "--device", "cpu", *args)
+    assert found == status, err
+    return out, err
 
 
 def put(name, image, **options):
@@ -222,10 +277,10 @@ def growth(work):
     pid = fuzz.forked(measure)
     os.close(theirs)
     with os.fdopen(ours, "rb") as pipe:
-        said = pipe.read()
+        measured = pipe.read()
     os.waitpid(pid, 0)
-    assert said, "the work failed"
-    return int(said)
+    assert measured, "the work failed"
+    return int(measured)
 
 
 def patched(content, at, new):
@@ -256,16 +311,16 @@ def try_seeds(kind, count):
     assert fuzz.peak() - before < fuzz.MEMORY
 
 
-VIEWS = {name: getattr(train, name) for name in ("EVALUATION_VIEW", "RESIZE_TRAINING", "TRAINING_VIEW")}
+VIEWS = {name: getattr(train, name) for name in ("EVAL_TRANSFORM", "TRAIN_RESIZE", "TRAIN_TRANSFORM")}
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """Views of 64 pixels instead of 224, one thread and no waiting for the disk: nothing here depends on these."""
-    steps = [T.CenterCrop(64) if isinstance(step, T.CenterCrop) else step for step in train.TRAINING_VIEW.transforms]
-    monkeypatch.setattr(train, "EVALUATION_VIEW", T.Resize((64, 64)))
-    monkeypatch.setattr(train, "RESIZE_TRAINING", T.Resize((86, 86)))
-    monkeypatch.setattr(train, "TRAINING_VIEW", T.Compose(steps))
+    steps = [T.CenterCrop(64) if isinstance(step, T.CenterCrop) else step for step in train.TRAIN_TRANSFORM.transforms]
+    monkeypatch.setattr(train, "EVAL_TRANSFORM", T.Resize((64, 64)))
+    monkeypatch.setattr(train, "TRAIN_RESIZE", T.Resize((86, 86)))
+    monkeypatch.setattr(train, "TRAIN_TRANSFORM", T.Compose(steps))
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -333,7 +388,9 @@ def chunks_in(folder):
 
 def plain_backbone():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    backbone.feature_dim = 512  # of what `quick` gives
+    return backbone
 
 
 @pytest.fixture
@@ -341,8 +398,10 @@ def extract(few, quick, monkeypatch):
     """A function that extracts two views of the training images in two cached chunks of three."""
     monkeypatch.setattr("transfer.features.CHUNK_ROWS", 3)
     photos, _ = read_list(Path("train.txt"), Path())
-    how = {"width": 512, "compute": Compute(torch.device("cpu"), torch.float32), "cache": Path()}
-    return lambda **options: extract_features(plain_backbone(), train.Views(photos, [0, 1], 0), **how, **options)
+    compute, dataset = Compute(torch.device("cpu"), torch.float32), train.ImageDataset(photos, [0, 1], 0)
+    return lambda max_unreadable=0: extract_features(
+        plain_backbone(), dataset, compute=compute, cache=Path(), max_unreadable=max_unreadable
+    )
 
 
 LOAD = predict.load
@@ -360,5 +419,5 @@ def model(small_run, tmp_path, monkeypatch):
     for colour in ("red", "green", "blue"):
         shutil.copy(small_run / colour / "test_0.png", f"{colour}.png")
     loaded = load_once("best.pth", "cpu")
-    monkeypatch.setattr(predict, "load", lambda path, *how: loaded if str(path) == "best.pth" else LOAD(path, *how))
+    monkeypatch.setattr(predict, "load", lambda path, *args: loaded if str(path) == "best.pth" else LOAD(path, *args))
     return loaded

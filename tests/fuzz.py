@@ -33,10 +33,17 @@ import conftest  # noqa: E402
 
 import train  # noqa: E402
 import transfer.backbone  # noqa: E402
-from transfer.checkpoint import ABOUT, check_state, is_about, load_checkpoint, load_state  # noqa: E402
+from transfer.checkpoint import (  # noqa: E402
+    METADATA_KEY,
+    is_valid_metadata,
+    load_checkpoint,
+    load_state,
+    validate_state_dict,
+)
 from transfer.console import UserError  # noqa: E402
-from transfer.folders import find_lists  # noqa: E402
+from transfer.data import load_data  # noqa: E402
 from transfer.images import ImageError, read_image  # noqa: E402
+from transfer.metrics import Metrics  # noqa: E402
 
 HANG, MEMORY = 30, 1 << 30  # seconds an input, and bytes above start-up
 NUMBERS = (0, 1, 0x7F7F7F7F, 0x80, 2**15, 2**31, 2**32 - 1)
@@ -126,7 +133,9 @@ def lists() -> tuple:
     def check(content: bytes) -> None:
         Path("list.txt").write_bytes(content)
         with contextlib.suppress(UserError), contextlib.redirect_stderr(io.StringIO()):
-            photos, *_ = find_lists(Path("list.txt"), Path("plain.txt"), Path(), None)
+            photos = load_data(
+                Path("list.txt"), Path("plain.txt"), Path(), None, val_split=None, out=Path("o.pth")
+            ).train
             written = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
             for path, label, line in zip(photos.paths(), photos.labels.tolist(), photos.lines.tolist(), strict=True):
                 listed, number = written[line - 1].rsplit(None, 1)
@@ -138,9 +147,9 @@ def lists() -> tuple:
 def checkpoints() -> tuple:
     torch.manual_seed(0)
     state = OrderedDict({f"layer.{n}": torch.randn(n + 1, 3) for n in range(4)} | {"count": torch.tensor(7)})
-    state._metadata = OrderedDict({ABOUT: {"format": 1, "classes": ["a", "b"], "accuracy": 0.5}})
+    state._metadata = OrderedDict({METADATA_KEY: {"format": 1, "classes": ["a", "b"], "accuracy": 0.5}})
     torch.save(state, "weights.pth")
-    sound, (saved, said) = Path("weights.pth").read_bytes(), load_state(Path("weights.pth"))
+    sound, (saved, saved_metadata) = Path("weights.pth").read_bytes(), load_state(Path("weights.pth"))
     with zipfile.ZipFile("weights.pth") as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
 
@@ -152,11 +161,11 @@ def checkpoints() -> tuple:
                 for name, member in members.items():
                     archive.writestr(name, content if name.endswith("data.pkl") else member)
         with contextlib.suppress(UserError):
-            state, about = load_state(Path("weights.pth"))
+            state, metadata = load_state(Path("weights.pth"))
             same = state.keys() == saved.keys() and all(torch.equal(state[key], saved[key]) for key in state)
-            assert forged or (same and about == said), "altered weights were accepted"
-            is_about(about, 2)
-            check_state(state, Path("weights.pth"))
+            assert forged or (same and metadata == saved_metadata), "altered weights were accepted"
+            is_valid_metadata(metadata, 2)
+            validate_state_dict(state, Path("weights.pth"))
 
     return [sound, sound, sound, members["weights/data.pkl"]], PICKLE_TOKENS, check
 
@@ -207,8 +216,8 @@ def peak() -> int:
 def save_every_epoch() -> None:
     """Training that saves a whole ResNet-18 in each of endless epochs."""
     scores = itertools.count()
-    train.evaluate = lambda *_, **__: (0.5, float(next(scores)), 0.0)
-    transfer.backbone.embed = lambda module, views, *_, **__: views.flatten(1)[:, :512].float()
+    train.evaluate = lambda *_: Metrics(0.5, float(next(scores)), 0.0)
+    transfer.backbone.embed = lambda module, views, compute: views.flatten(1)[:, :512].float()
     torch.nn.init.kaiming_normal_ = lambda tensor, **_: tensor
     os.fsync = lambda _: None  # it guards against a power cut; the page cache outlives the process
     train.main(["--weights", "none", "--workers", "0", "--epochs", "1000000"])

@@ -1,4 +1,4 @@
-"""Architectures: each ResNet from the pass to the prediction, told by its weights alone."""
+"""Architectures: each ResNet from the pass to the prediction, inferred from its weights alone."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from torchvision.models import get_model, get_model_weights
 
 import predict
 import train
-from transfer.architectures import ARCHITECTURES, checkpoint_bytes, entries_of, told_by
+from transfer.architectures import ARCHITECTURES, checkpoint_bytes, infer_arch, meta_state_dict
 from transfer.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -22,7 +22,7 @@ OTHERS = ARCHITECTURES[1:]
 
 
 def calm(arch):
-    """A network of random weights whose blocks add little to each other's: what it says differs little by image."""
+    """A network of random weights whose blocks add little to each other's: its features differ little by image."""
     torch.manual_seed(0)
     network = get_model(arch)
     for module in network.modules():
@@ -43,17 +43,22 @@ def start(few):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_an_architecture_is_told_by_its_weights_with_a_head_of_any_size_or_none_and_without_counts(arch):
-    names = entries_of(arch, classes=7).keys()
-    assert told_by(names) == arch == told_by(names, wish="resnet18") == told_by(names, wish="resnet101")
-    assert told_by([name for name in names if not name.startswith("fc.") and "num_batches" not in name]) == arch
+def test_an_architecture_is_inferred_from_its_weights_with_a_head_of_any_size_or_none_and_without_counts(arch):
+    names = meta_state_dict(arch, classes=7).keys()
+    assert (
+        infer_arch(names)
+        == arch
+        == infer_arch(names, arch_asked="resnet18")
+        == infer_arch(names, arch_asked="resnet101")
+    )
+    assert infer_arch([name for name in names if not name.startswith("fc.") and "num_batches" not in name]) == arch
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_what_has_lost_a_part_is_told_by_the_rest_unless_something_is_wished_for(arch):
+def test_of_damaged_weights_the_nearest_architecture_is_inferred_unless_one_is_asked_for(arch):
     for lost in ("conv1.", "layer1.", "layer4."):
-        names = [name for name in entries_of(arch) if not name.startswith(lost)]
-        assert told_by(names) == arch and told_by(names, wish="resnet34") == "resnet34"
+        names = [name for name in meta_state_dict(arch) if not name.startswith(lost)]
+        assert infer_arch(names) == arch and infer_arch(names, arch_asked="resnet34") == "resnet34"
 
 
 @pytest.mark.parametrize("arch", ["resnet34", "resnet50"])
@@ -61,8 +66,8 @@ def test_another_architecture_trains_and_predicts_what_plain_torchvision_does_an
     file = start(arch)
     out = go("--arch", arch, "--epochs", 2, "--views", 2, "--precision", "float32", weights=file)
     assert f"backbone  ResNet-{arch.removeprefix('resnet')}, {file}\n" in out
-    model, about = load_checkpoint(Path("best.pth"))
-    assert (about["arch"], about["recipe"]["arch"], about["classes"]) == (arch, arch, ["red", "green", "blue"])
+    model, metadata = load_checkpoint(Path("best.pth"))
+    assert (metadata["arch"], metadata["recipe"]["arch"], metadata["classes"]) == (arch, arch, ["red", "green", "blue"])
     saved, given = weights_of(), weights_of(file)
     assert all(torch.equal(saved[key], given[key]) for key in saved if not key.startswith("fc."))
     assert os.path.getsize("best.pth") == pytest.approx(checkpoint_bytes(arch, 3), rel=0.01)
@@ -79,8 +84,8 @@ def test_another_architecture_trains_and_predicts_what_plain_torchvision_does_an
     probs = dict(predict.predict(classifier, ["green/test_0.png"])[0])
     assert [probs[each] for each in classifier.classes] == pytest.approx(logits.softmax(0).tolist(), abs=1e-4)
     torch.save(dict(saved), "bare.pth")
-    bare, said = load_checkpoint(Path("bare.pth"))
-    assert same(bare.state_dict(), saved) and said == {"arch": arch, "classes": ["0", "1", "2"]}
+    bare, metadata = load_checkpoint(Path("bare.pth"))
+    assert same(bare.state_dict(), saved) and metadata == {"arch": arch, "classes": ["0", "1", "2"]}
 
 
 @pytest.mark.parametrize("arch", ["resnet101"])  # resnet152 has the same parts, and takes longer
@@ -92,24 +97,24 @@ def test_a_larger_architecture_trains_and_predicts_too(start, arch):
     assert re.search(rf"^accuracy +{accuracy:.2%}  ", out, re.MULTILINE)
 
 
-def test_what_a_checkpoint_says_of_its_architecture_is_not_believed(start):
+def test_an_architecture_named_in_the_metadata_is_not_believed(start):
     state = get_model("resnet34", num_classes=2).state_dict()
     state._metadata["train.py"] = {"format": 1, "classes": ["a", "b"], "arch": "resnet152"}
     torch.save(state, "liar.pth")
     assert load_checkpoint(Path("liar.pth"))[1] == {"format": 1, "classes": ["a", "b"], "arch": "resnet34"}
 
 
-@pytest.mark.parametrize(("given", "wished"), [("resnet50", "resnet18"), ("resnet18", "resnet50")])
-def test_weights_of_another_architecture_are_refused_with_the_flag_that_fits(start, given, wished):
+@pytest.mark.parametrize(("given", "asked"), [("resnet50", "resnet18"), ("resnet18", "resnet50")])
+def test_weights_of_another_architecture_are_refused_with_the_flag_that_fits(start, given, asked):
     file = BUNDLED if given == "resnet18" else start(given)
-    status, out, err = run_main(train.main, "--weights", file, "--arch", wished)
-    names = [f"a ResNet-{arch.removeprefix('resnet')}" for arch in (given, wished)]
+    status, out, err = run_main(train.main, "--weights", file, "--arch", asked)
+    names = [f"a ResNet-{arch.removeprefix('resnet')}" for arch in (given, asked)]
     assert (status, out) == (2, "")
     assert err == f"error: {file}: is {names[0]}, not {names[1]}; add --arch {given}\n"
     assert not Path("best.pth").exists()
 
 
-def test_a_file_of_another_architecture_that_is_damaged_is_told_by_its_own_names(start):
+def test_the_error_of_a_damaged_file_of_another_architecture_names_its_own_weights(start):
     state = weights_of(start("resnet50"))
     state["bn1.bias"][3] = torch.nan
     torch.save(state, "damaged.pth")
@@ -151,8 +156,8 @@ def test_fine_tuning_a_resnet50_trains_its_layer4_and_predict_is_as_often_right(
     # A rate at which the head learns nothing leaves the best epoch to fine-tuning.
     rates = ("--lr", 1e-9, "--finetune-lr", 1e-3)
     go("--arch", "resnet50", "--epochs", 1, "--finetune-epochs", 6, *rates, weights=file)
-    about = load_checkpoint(Path("best.pth"))[1]
-    assert about["epoch"] > 1
+    metadata = load_checkpoint(Path("best.pth"))[1]
+    assert metadata["epoch"] > 1
     before, after = weights_of(file), weights_of()
     changed = {
         key.split(".")[0] for key in after if not key.startswith("fc.") and not torch.equal(after[key], before[key])
@@ -160,7 +165,7 @@ def test_fine_tuning_a_resnet50_trains_its_layer4_and_predict_is_as_often_right(
     assert changed == {"layer4"}
     status, out, err = run_main(predict.main, "test.txt", "--workers", 0)
     assert status == 0, err
-    assert f"accuracy  {about['accuracy']:7.2%}  " in out
+    assert f"accuracy  {metadata['accuracy']:7.2%}  " in out
 
 
 def test_each_architecture_keeps_features_of_its_own(few):

@@ -1,6 +1,7 @@
 """The audit: faults put into the sample are found, and what is no fault is not; a run writes what it found."""
 
 import csv
+import errno
 import io
 import math
 import os
@@ -11,22 +12,21 @@ import benchmark
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, go, run_main
+from conftest import HPARAMS, go, new_head, run_main
 from PIL import Image, ImageDraw
 from sklearn.metrics import roc_auc_score
-from test_neighbours import COPIES
+from test_copies import COPIES
 
 import train
-from transfer.audit import Curve, Part, audit_lists, learning_curve, outlier_scores
+from transfer.audit.audit import audit_splits, outlier_scores
+from transfer.audit.findings import AuditSplit
 from transfer.device import pick_compute
-from transfer.features import Features, extract_features
-from transfer.folds import Dealt, mirror_plan
+from transfer.features import Features, Split, Splits, extract_features
 from transfer.images import read_image
-from transfer.lists import ImageList, read_list
+from transfer.lists import ImageList
 from transfer.neighbours import nearest
 
 COMPUTE = pick_compute("cpu", "auto", None)
-HOW = {"epochs": 20, "lr": 0.005, "batch_size": 64, "seed": 0, "compute": COMPUTE}
 RANDOM = np.random.default_rng(0)
 
 
@@ -51,40 +51,36 @@ def noise():
 OUTSIDERS = {"gradients": gradient, "text": text, "noise": noise}
 
 
-def joined(listed, features, paths, labels, backbone, views=2):
-    """A list and its features with more images behind: (a `train.Views` of the evaluation view, features)."""
-    more = ImageList(listed.name, paths, labels, range(len(listed) + 1, len(listed) + len(paths) + 1))
-    found = extract_features(backbone, train.Views(more, range(views), 0), width=512, compute=COMPUTE)
+def with_images(split, paths, labels, backbone, views=2):
+    """A split with more images behind its own, of its evaluation view and so many of its features' views."""
+    image_list, features = split.dataset.image_list, split.features
+    count = len(image_list)
+    more = ImageList(image_list.name, paths, labels, range(count + 1, count + len(paths) + 1))
+    found = extract_features(backbone, train.ImageDataset(more, range(views), 0), compute=COMPUTE)
     both = ImageList(
-        listed.name,
-        [*listed.paths(), *paths],
-        [*listed.labels.tolist(), *labels],
-        [*listed.lines.tolist(), *more.lines.tolist()],
+        image_list.name,
+        [*image_list.paths(), *paths],
+        [*image_list.labels.tolist(), *labels],
+        [*image_list.lines.tolist(), *more.lines.tolist()],
     )
-    table = torch.cat([features.take(features.rows, slice(views)), found.take(found.rows, slice(views))])
-    return train.Views(both, [0], 0), Features([table], len(table), both.labels)
+    table = torch.cat([features.gather(features.rows, slice(views)), found.gather(found.rows, slice(views))])
+    return Split(train.ImageDataset(both, [0], 0), Features([table], len(table), both.labels))
 
 
-def lists():
-    return [read_list(ROOT / f"{name}.txt", ROOT)[0] for name in ("train", "test")]
-
-
-def head_on(train_features, test_features):
-    """Logits of the test list from a head that was trained as the recipe's is."""
-
-    head = train.build_model("resnet18", 20, None, 0).fc
-    how = {"epochs": 20, "lr": 0.005, "batch_size": 64, "seed": 0, "history": benchmark.Silent(), "save": None}
-    val = lambda: test_features.batches(test_features.rows, 0, 64)  # noqa: E731
-    train.train_head(head, train_features, mirror_plan, val, **how)
+def audit_of(train_split, test_split):
+    """The audit of both lists, the test list's by a head that was trained as the recipe's is."""
+    splits, head = Splits(train_split, train_split, test_split, test_split), new_head()
+    criterion = train.build_criterion(train_split, 20, balance=False)
+    train.train_head(head, criterion, splits, HPARAMS, history=benchmark.Silent(), checkpointer=None)
     with torch.no_grad():
-        return head(test_features.take(test_features.rows, 0))
+        logits = head(test_split.features.gather(test_split.features.rows, 0))
+    return audit_splits(splits, logits, HPARAMS, COMPUTE)
 
 
 @pytest.fixture(scope="module")
 def clean(sample):
     """The audit of the sample as it is."""
-    sides = [(train.Views(listed, [0], 0), sample[listed.name.split("/")[-1][:-4]]) for listed in lists()]
-    return audit_lists(*sides, head_on(sample["train"], sample["test"]), **HOW)
+    return audit_of(sample["train"], sample["test"])
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +90,7 @@ def faulty(sample, backbone, tmp_path_factory):
     chosen = torch.randperm(475, generator=torch.Generator().manual_seed(0))[:20].tolist()
     changes = [COPIES[name] for name in ("half the size", "quality 40", "5% cropped", "mirrored")]
     paths, labels = {"train": [], "test": []}, {"train": [], "test": []}
-    listed, tested = lists()
+    original = sample["train"].dataset.image_list
 
     def put(name, image, label, kind, where):
         image.save(folder / name)
@@ -104,18 +100,15 @@ def faulty(sample, backbone, tmp_path_factory):
 
     for number, row in enumerate(chosen):
         kind = ("duplicate", "conflict", "leak")[number // 4 % 3]
-        label = (int(listed.labels[row]) + 5 * (kind == "conflict")) % 20
-        image = changes[number % 4](read_image(listed.path(row)))
+        label = (int(original.labels[row]) + 5 * (kind == "conflict")) % 20
+        image = changes[number % 4](read_image(original.path(row)))
         put(f"copy_{number}.jpg", image, label, kind, "test" if kind == "leak" else "train")
     for number in range(5):
         make = list(OUTSIDERS.values())[number % 3]
         put(f"other_{number}.png", make(), number, "outlier", "train")
-    sides = (
-        joined(listed, sample["train"], paths["train"], labels["train"], backbone),
-        joined(tested, sample["test"], paths["test"], labels["test"], backbone, views=1),
-    )
-    logits = head_on(sides[0][1], sides[1][1])
-    return audit_lists(*sides, logits, **HOW), faults
+    train_split = with_images(sample["train"], paths["train"], labels["train"], backbone)
+    test_split = with_images(sample["test"], paths["test"], labels["test"], backbone, views=1)
+    return audit_of(train_split, test_split), faults
 
 
 def test_nothing_in_the_sample_is_a_copy_and_little_looks_wrong(clean):
@@ -127,24 +120,24 @@ def test_copies_are_found_by_their_kind_and_nothing_else_is(faulty):
     audit, faults = faulty
     found = {f.path: f.kind for kind in ("duplicate", "conflict", "leak") for f in audit.of_kind(kind)}
     put = {path: kind for path, kind in faults.items() if kind != "outlier"}
-    # A conflict may be told of the original instead, where the model doubts that one more.
-    told = {f.path: f.other_path for f in audit.of_kind("conflict")}
-    right = [path for path, kind in put.items() if found.get(path) == kind or path in told.values()]
-    false = [path for path in found if path not in put and told.get(path) not in put]
+    # A conflict's finding may be the original's instead, where its label is the more probably wrong one.
+    partners = {f.path: f.other_path for f in audit.of_kind("conflict")}
+    right = [path for path, kind in put.items() if found.get(path) == kind or path in partners.values()]
+    false = [path for path in found if path not in put and partners.get(path) not in put]
     assert len(put) == 20 and len(right) >= 18 and len(false) <= 2
-    sure = [f for f in audit.of_kind("conflict") if f.path in put]
-    assert len(sure) >= len(audit.of_kind("conflict")) - 1
-    assert all(f.suggestion == int(f.other[0].labels[f.other[1]]) for f in sure)
+    conflicts = [f for f in audit.of_kind("conflict") if f.path in put]
+    assert len(conflicts) >= len(audit.of_kind("conflict")) - 1
+    assert all(f.suggestion == int(f.other[0].labels[f.other[1]]) for f in conflicts)
 
 
 def test_a_copy_names_its_original_with_list_and_line(faulty):
     audit, faults = faulty
     for finding in audit.of_kind("leak"):
         original = finding.other[0]
-        assert finding.part is audit.test and original is audit.train
+        assert finding.split is audit.test and original is audit.train
         number = int(re.search(rb"copy_(\d+)", finding.path)[1])
         row = torch.randperm(475, generator=torch.Generator().manual_seed(0))[number]
-        assert finding.other_path == original.listed.path(int(row))
+        assert finding.other_path == original.image_list.path(int(row))
     assert all(finding.score >= 0.955 for finding in audit.of_kind("leak"))
 
 
@@ -162,44 +155,22 @@ def test_outsiders_of_one_kind_do_not_hide_each_other(sample, backbone, tmp_path
         paths = [bytes(tmp_path / f"{number}.png") for number in range(5)]
         for path in paths:
             OUTSIDERS[kind]().save(os.fsdecode(path))
-        part = Part.of(*joined(lists()[0], sample["train"], paths, list(range(5)), backbone))
-        distances, _ = nearest(part.table[:, 0], part.table, itself=True)
-        areas.append(roc_auc_score(torch.arange(len(part.rows)) >= 475, outlier_scores(distances, distances)))
+        split = AuditSplit.from_split(with_images(sample["train"], paths, list(range(5)), backbone))
+        distances, _ = nearest(split.features[:, 0], split.features, itself=True)
+        areas.append(roc_auc_score(torch.arange(len(split.rows)) >= 475, outlier_scores(distances, distances)))
     assert sum(areas) / len(areas) >= 0.9, areas
 
 
-def test_findings_come_by_kind_the_surest_first_and_from_a_half_up(faulty):
+def test_findings_come_by_kind_the_most_certain_first_and_from_a_half_up(faulty):
     audit, _ = faulty
     places = [(("label", "conflict", "leak", "duplicate", "outlier").index(f.kind), -f.score) for f in audit.findings]
     assert places == sorted(places) and all(0.5 <= -score <= 1 for _, score in places)
 
 
-# More photos
-
-
-def test_a_curve_that_is_a_power_of_the_images_goes_on_as_one():
-    sizes = [50, 100, 200, 400]
-    accuracy = torch.tensor([[1 - 3 * size**-0.4 + shift for shift in (0, 0.001, -0.001)] for size in sizes])
-    curve = Curve(sizes, accuracy, torch.tensor([200, 200]), torch.tensor([[0.5, 0.2]] * 3 + [[0.5, 0.6]]))
-    for ahead in curve.doubled():
-        assert ahead == pytest.approx(1 - 3 * 800**-0.4, abs=0.01)
-    assert curve.growing() == [(1, pytest.approx(0.4))]
-
-
-def test_a_curve_that_is_flat_promises_nothing():
-    curve = Curve([50, 100], torch.full((2, 3), 0.8), torch.tensor([50, 50]), torch.full((2, 2), 0.8))
-    assert curve.doubled() == pytest.approx([0.8] * 3) and curve.growing() == []
-
-
-def test_the_samples_curve_rises_to_the_accuracy_out_of_fold(clean):
+def test_the_samples_curve_rises_to_the_cross_validated_accuracy(clean):
     means = clean.curve.accuracy.mean(1).tolist()
     assert means == sorted(means) and 0.52 < means[-1] < 0.66 and clean.curve.sizes[-1] == 475
     assert means[-1] < sum(clean.curve.doubled()) / 3 < 0.8
-
-
-def test_where_images_are_few_there_is_no_curve():
-    images = Dealt(torch.randn(12, 2, 8), torch.arange(12) % 4, 0)
-    assert learning_curve(images, 4, [0.005], 64) is None
 
 
 # As a user asks for it
@@ -211,9 +182,8 @@ def table(path):
 
 def test_a_run_writes_the_page_and_the_table_and_names_both(few, tiny):
     out = go("--audit", "look.html", "--epochs", 1)
-    assert re.search(
-        r"^audit     look\.html and look\.csv: \d+ doubtful labels?, \d+ copies, \d+ outliers?$", out, re.M
-    )
+    figures = r"\d+ probably wrong labels?, \d+ copies, \d+ strange photos?"
+    assert re.search(rf"^audit     look\.html and look\.csv: {figures}$", out, re.M)
     assert Path("look.html").read_text().endswith("</html>\n") and table("look.csv") is not None
     assert "--audit" not in out.splitlines()[-1]
 
@@ -222,9 +192,7 @@ def test_a_run_without_it_names_the_flag_at_its_end(few, tiny):
     assert "--audit audit.html" in go("--epochs", 1).splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    "more", [["--val-split", 0.5], ["--views", 1], ["--finetune-epochs", 1], ["--augment", "recipe"]]
-)
+@pytest.mark.parametrize("more", [["--val-split", 0.5], ["--views", 1], ["--finetune-epochs", 1]])
 def test_any_run_can_be_audited(colours, tiny, more):
     go("--audit", "look.html", "--epochs", 2, *more)
     rows = table("look.csv")
@@ -261,18 +229,18 @@ def test_with_a_cache_an_audit_makes_no_pass(few, tiny, decoded):
 
 
 @pytest.mark.parametrize(
-    ("path", "why"),
+    ("path", "error"),
     [
-        ("missing/look.html", "can't write in missing"),
-        ("best.html", "best.csv is written by this run already; name another file"),
-        ("look.csv", "look.csv is written by this run already; name another file"),
-        ("red", "is a directory; name a file"),
-        ("train.txt", "is read by this run; name another file to write"),
+        ("missing/look.html", "missing/look.html: can't write in missing ({}); name a file in another folder"),
+        ("best.html", "best.csv: is written by this run already; name another file"),
+        ("look.csv", "look.csv: is written by this run already; name another file"),
+        ("red", "red: is a directory; name a file"),
+        ("train.txt", "train.txt: is read by this run; name another file to write"),
     ],
 )
-def test_a_place_that_can_not_be_written_is_one_line_before_any_work(few, tiny, decoded, path, why):
+def test_a_place_that_can_not_be_written_is_one_line_before_any_work(few, tiny, decoded, path, error):
     status, out, err = run_main(train.main, "--weights", "none", "--workers", 0, "--audit", path)
-    assert status == 2 and err.startswith(f"error: --audit {path}: ") and why in err and err.count("\n") == 1
+    assert (status, err) == (2, f"error: --audit {error.format(os.strerror(errno.ENOENT).lower())}\n")
     assert not decoded and not Path("best.pth").exists()
 
 
@@ -285,4 +253,4 @@ def test_an_audit_of_the_smallest_lists_says_little_and_does_not_fail(tmp_path, 
         Path("test.txt").write_text(lines)
         go("--audit", "look.html", "--epochs", 1)
         assert {row["kind"] for row in table("look.csv")} <= {"leak", "outlier"}
-        assert "Not told" in Path("look.html").read_text()
+        assert "Too few photos to tell: half of them must leave two per class." in Path("look.html").read_text()

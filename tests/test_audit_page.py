@@ -10,59 +10,60 @@ from browsing import HOSTILE, Page, ask, complaints, fetched, show
 from PIL import Image
 
 import train
-from transfer.audit import KINDS, Audit, Curve, Finding, Part
-from transfer.audit_page import save_audit
+from transfer.audit.audit import Audit
+from transfer.audit.findings import KINDS, AuditSplit, Finding
+from transfer.audit.label_errors import score_labels
+from transfer.audit.learning_curve import Curve
 from transfer.lists import ImageList
-from transfer.suspects import judge_labels
+from transfer.pages.audit_page import save_audit
 
 
 def case(folder, classes=4, findings=5, name="class", path="photo"):
     """An audit made up, of three images a class and list, with so many findings of each kind; and the class names."""
     Image.new("RGB", (64, 48), (200, 30, 30)).save(folder / "red.png")
     count, generator = 3 * classes, torch.Generator().manual_seed(0)
-    parts = []
+    splits = []
     for list_name in ("train", "test"):
         paths = [bytes(folder / "red.png"), *(f"{path} {number}".encode() + b"\xff" for number in range(1, count))]
-        listed = ImageList(
+        image_list = ImageList(
             f"{list_name}.txt", paths, [number % classes for number in range(count)], range(1, count + 1)
         )
         rows = torch.arange(count)
-        parts.append(Part(train.Views(listed, [0], 0), rows, torch.randn(count, 1, 8), listed.labels))
+        dataset = train.ImageDataset(image_list, [0], 0)
+        splits.append(AuditSplit(dataset, rows, torch.randn(count, 1, 8), image_list.labels))
     logits = torch.randn(count, classes, generator=generator)
-    labels = tuple(judge_labels(logits, part.labels) for part in parts)
+    qualities = tuple(score_labels(logits, split.labels) for split in splits)
     found = []
     for kind in KINDS:
         for number in range(findings):
-            other = (parts[0], (number + 1) % count) if kind in ("conflict", "leak", "duplicate") else None
+            other = (splits[0], (number + 1) % count) if kind in ("conflict", "leak", "duplicate") else None
             suggestion = (number + 1) % classes if kind in ("label", "conflict") else None
-            part = parts[kind == "leak"]
-            found.append(Finding(kind, part, number % count, 0.99 - number / 1000, suggestion, other))
+            split = splits[kind == "leak"]
+            found.append(Finding(kind, split, number % count, 0.99 - number / 1000, suggestion, other))
     curve = Curve(
         [10, 20, 40],
         torch.tensor([[0.3, 0.32], [0.4, 0.41], [0.5, 0.5]]),
         torch.full((classes,), 50),
         torch.tensor([[0.2] * classes, [0.3] * classes, [0.7] * classes]),
     )
-    return Audit(*parts, labels, curve, found), [f"{name} {number}" for number in range(classes)]
+    return Audit(*splits, qualities, curve, found), [f"{name} {number}" for number in range(classes)]
 
 
 def written(tmp_path, audit, names, model="best.pth"):
-    said = save_audit(tmp_path / "audit.html", audit, names, tmp_path / model)
+    """The page, the rows of the table beside it, and the line that says what was found."""
+    summary = save_audit(tmp_path / "audit.html", audit, names, tmp_path / model)
     table = (tmp_path / "audit.csv").read_bytes().decode(errors="surrogateescape")
-    return (
-        (tmp_path / "audit.html").read_text(encoding="utf-8"),
-        list(csv.DictReader(io.StringIO(table, newline=""))),
-        said,
-    )
+    page = (tmp_path / "audit.html").read_text(encoding="utf-8")
+    return page, list(csv.DictReader(io.StringIO(table, newline=""))), summary
 
 
 def test_the_figures_are_those_of_the_table(tmp_path):
-    page, rows, said = written(tmp_path, *case(tmp_path, findings=7))
+    page, rows, summary = written(tmp_path, *case(tmp_path, findings=7))
     count = {kind: sum(row["kind"] == kind for row in rows) for kind in KINDS}
     figures = {key: int(re.search(rf'id="{key}">([\d,]+)<', page)[1]) for key in ("labels", "copies", "outliers")}
     copies = count["conflict"] + count["leak"] + count["duplicate"]
     assert figures == {"labels": count["label"], "copies": copies, "outliers": count["outlier"]} and copies == 21
-    assert said.endswith("audit.csv: 7 doubtful labels, 21 copies, 7 outliers")
+    assert summary.endswith("audit.csv: 7 probably wrong labels, 21 copies, 7 strange photos")
     assert page.count('<li class="card">') == 14 and page.count('<li class="card twin">') == 21
     label = next(row for row in rows if row["kind"] == "label")
     first = re.search(r'<li class="card">(.*?)</li>', page, re.S)[1]
@@ -78,25 +79,28 @@ def test_the_table_has_the_columns_that_are_promised(tmp_path):
     assert (leak["list"], leak["line"], leak["other"]) == ("test.txt", "1", "photo 1\udcff")
 
 
-def test_of_many_findings_the_surest_are_shown_and_the_rest_named(tmp_path):
+def test_of_many_findings_the_most_certain_are_shown_and_the_rest_named(tmp_path):
     page, rows, _ = written(tmp_path, *case(tmp_path, classes=20, findings=40))
-    assert page.count("The 24 surest of 40; all are in ") == 5 and len(rows) == 200
+    assert page.count("The 24 most certain of 40; all are in ") == 5 and len(rows) == 200
     assert page.count('<li class="card') == 5 * 24
 
 
 def test_where_nothing_was_found_the_page_says_so(tmp_path):
-    page, rows, said = written(tmp_path, *case(tmp_path, findings=0))
+    page, rows, summary = written(tmp_path, *case(tmp_path, findings=0))
     assert page.count("None found.") == 4 and '<li class="card' not in page
-    assert rows == [] and said.endswith("0 doubtful labels, 0 copies, 0 outliers")
+    assert rows == [] and summary.endswith("0 probably wrong labels, 0 copies, 0 strange photos")
 
 
 def test_the_curve_says_what_twice_the_photos_would_give_and_for_which_classes(tmp_path):
     audit, names = case(tmp_path)
     page, _, _ = written(tmp_path, audit, names)
-    ahead = audit.curve.doubled()
-    assert f"<b>{sum(ahead) / 2:.1%}</b> ({min(ahead):.1%} to {max(ahead):.1%} by the draw) instead of 50.0%" in page
+    expected = audit.curve.doubled()
+    assert (
+        f"<b>{sum(expected) / 2:.1%}</b> ({min(expected):.1%} to {max(expected):.1%} by the draw) instead of 50.0%"
+        in page
+    )
     assert "class 0 (+40 points)" in page
-    assert f"40.5% of 20, 50.0% of 40, {sum(ahead) / 2:.1%} of 80, the last as expected" in page
+    assert f"40.5% of 20, 50.0% of 40, {sum(expected) / 2:.1%} of 80, the last as expected" in page
 
 
 def test_the_balance_counts_every_image(tmp_path):
@@ -106,8 +110,8 @@ def test_the_balance_counts_every_image(tmp_path):
         re.findall(r"<td[^>]*>(?:<span[^>]*></span>)?(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", body)
     ]
     assert [row[2:4] for row in cells] == [["3", "3"]] * 4
-    doubted = {name: sum(row["kind"] == "label" and row["label"] == name for row in rows) for name, *_ in cells}
-    assert [int(row[4]) for row in cells] == list(doubted.values()) and sum(doubted.values()) == 5
+    suspects = {name: sum(row["kind"] == "label" and row["label"] == name for row in rows) for name, *_ in cells}
+    assert [int(row[4]) for row in cells] == list(suspects.values()) and sum(suspects.values()) == 5
 
 
 def test_hostile_names_are_text_and_nothing_is_fetched(tmp_path):

@@ -19,12 +19,12 @@ from transfer import backbone
 from transfer.backbone import (
     NORMALIZE,
     PASS_BATCH,
-    backbone_of,
-    each_image,
+    Backbone,
     embed,
-    embed_in_order,
-    in_smaller_parts,
+    embed_dataset,
     inference_copy,
+    unbatch,
+    with_oom_retry,
     workers_with_room,
 )
 from transfer.checkpoint import load_backbone, load_checkpoint
@@ -47,7 +47,7 @@ def sample(name="train", count=12):
 
 
 def bundled_backbone():
-    return backbone_of(train.build_model("resnet18", 20, load_backbone(BUNDLED, "resnet18"), seed=0))
+    return Backbone(train.build_model("resnet18", 20, load_backbone(BUNDLED, "resnet18"), seed=0))
 
 
 def test_the_backbone_gives_what_plain_torchvision_gives():
@@ -76,8 +76,8 @@ def test_bfloat16_features_are_within_a_percent_of_float32_and_as_often_right(sa
     features = {}
     for dtype in (torch.float32, torch.bfloat16):
         compute = Compute(torch.device("cpu"), dtype, workers=2)
-        backbone = inference_copy(backbone_of(model), compute)
-        found = extract_features(backbone, train.Views(test, [0], 0), width=512, compute=compute)
+        backbone = inference_copy(Backbone(model), compute)
+        found = extract_features(backbone, train.ImageDataset(test, [0], 0), compute=compute)
         features[dtype] = found.chunks[0][:, 0]
     exact, fast = features.values()
     errors = (fast - exact).norm(dim=1) / exact.norm(dim=1)
@@ -88,16 +88,16 @@ def test_bfloat16_features_are_within_a_percent_of_float32_and_as_often_right(sa
 
 def test_features_do_not_depend_on_workers_batches_or_order():
     photos, backbone = sample(count=10), bundled_backbone()
-    views = train.Views(photos, range(3), seed=5)
+    views = train.ImageDataset(photos, range(3), seed=5)
 
     def extract(workers):
-        return extract_features(backbone, views, width=512, compute=replace(CPU, workers=workers)).chunks[0]
+        return extract_features(backbone, views, compute=replace(CPU, workers=workers)).chunks[0]
 
     plain = extract(0)
     assert torch.equal(plain, extract(1))
     assert torch.equal(plain, extract(3))
     options = {"batch_size": 3, "per_image": 3, "compute": CPU}
-    backwards = [v for _, v, _ in embed_in_order(backbone, views, range(10)[::-1], **options)]
+    backwards = [v for _, v, _ in embed_dataset(backbone, views, range(10)[::-1], **options)]
     assert torch.equal(plain, torch.cat(backwards).flip(0))
 
 
@@ -148,7 +148,7 @@ def test_a_worker_that_dies_while_its_results_are_used_disturbs_nobody(few, caps
     backbone = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
     options = {"compute": replace(CPU, workers=2), "batch_size": 1}
     rows = []
-    for indices, _, _ in embed_in_order(backbone, train.Views(photos, [0], 0), range(6), **options):
+    for indices, _, _ in embed_dataset(backbone, train.ImageDataset(photos, [0], 0), range(6), **options):
         if not rows:
             for child in multiprocessing.active_children():
                 child.kill()
@@ -160,10 +160,12 @@ def test_a_worker_that_dies_while_its_results_are_used_disturbs_nobody(few, caps
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory. Tried ..."), RuntimeError("MPS backend out of memory (...)")]
 )
-def test_out_of_memory_halves_the_passs_batch_up_to_three_times(job, monkeypatch, error):
+def test_out_of_memory_halves_the_batch_up_to_three_times(job, monkeypatch, error):
     # A device in name only: no parameter is moved to it.
     monkeypatch.setattr("transfer.device.pick_device", lambda _: torch.device("mps"))
-    monkeypatch.setattr(train, "backbone_of", lambda _: nn.Identity())
+    stand_in = nn.Identity()
+    stand_in.feature_dim = 512
+    monkeypatch.setattr(train, "Backbone", lambda _: stand_in)
     monkeypatch.setitem(PASS_BATCH, "mps", 12)
     sizes, room = [], 2
 
@@ -174,21 +176,21 @@ def test_out_of_memory_halves_the_passs_batch_up_to_three_times(job, monkeypatch
         return torch.ones(len(views), 512)
 
     monkeypatch.setattr("transfer.backbone.embed", embed)
-    said = "warning: the device is out of memory; the pass goes on in smaller batches\n"
+    warning = "warning: the device is out of memory; the pass goes on in smaller batches\n"
     warn_once.cache_clear()
     status, _, err = job("--views", 1)
-    assert (status, err.count(said), "error" in err) == (0, 1, False)
+    assert (status, err.count(warning), "error" in err) == (0, 1, False)
     assert sizes == [12, 6, 3, 2, 2, 2, 2, 2, 2] * 2  # in both lists' passes
     room = 1
     warn_once.cache_clear()
     status, _, err = job("--out", "other.pth")
-    assert (status, err) == (1, f"{said}error: the device is out of memory; run with --device cpu\n")
+    assert (status, err) == (1, f"{warning}error: the device is out of memory; run with --device cpu\n")
     assert not Path("other.pth").exists()
 
 
 def test_pixels_travel_in_small_parts_and_go_to_the_device_in_large_batches(few, monkeypatch):
-    listed, _ = read_list(Path("train.txt"), Path())
-    views, sizes, travelled = train.Views(listed, [0, 1], 0), [], []
+    image_list, _ = read_list(Path("train.txt"), Path())
+    views, sizes, travelled = train.ImageDataset(image_list, [0, 1], 0), [], []
     monkeypatch.setattr("transfer.backbone.PART_VIEWS", 4)
     monkeypatch.setattr("transfer.backbone.embed", lambda module, views, compute: sizes.append(len(views)) or views)
     original = backbone.collate
@@ -198,13 +200,13 @@ def test_pixels_travel_in_small_parts_and_go_to_the_device_in_large_batches(few,
     Path("green/train_0.png").write_bytes(b"no image")
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)  # a device in name only
     compute = Compute(torch.device("mps"), torch.float32)
-    found = list(embed_in_order(nn.Identity(), views, range(6), compute=compute, batch_size=5, per_image=2))
+    found = list(embed_dataset(nn.Identity(), views, range(6), compute=compute, batch_size=5, per_image=2))
     assert travelled == [2, 2, 1, 1] and sizes == [8, 2]
     assert [rows for rows, *_ in found] == [[0, 1, 3, 4], [5]] and [bad for *_, bad in found] == [
         {2: "not an image"},
         {},
     ]
-    for row, values in each_image(found):
+    for row, values in unbatch(found):
         assert isinstance(values, str) or torch.equal(values, views[row][1].float())
 
 
@@ -227,4 +229,4 @@ def test_other_errors_of_the_device_are_bugs_that_keep_their_traceback():
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        in_smaller_parts(fail)(torch.zeros(4, 1))
+        with_oom_retry(fail)(torch.zeros(4, 1))

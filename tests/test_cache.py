@@ -55,7 +55,7 @@ def key_of(backbone=None, views=range(2), seed=0, device="cpu", dtype=torch.floa
     """The chunk's name for the first two training images, and for what a test changes."""
     photos, _ = read_list(Path("train.txt"), Path())
     backbone = backbone or plain_backbone()
-    recipe = recipe_digest(backbone, train.Views(photos, views, seed), Compute(torch.device(device), dtype))
+    recipe = recipe_digest(backbone, train.ImageDataset(photos, views, seed), Compute(torch.device(device), dtype))
     return chunk_path(Path("kept"), recipe, photos, rows).name
 
 
@@ -88,9 +88,9 @@ def test_every_byte_of_the_backbone_is_part_of_a_chunks_key(few, entry):
     ("name", "value"),
     [
         ("READING_VERSION", READING_VERSION + 1),
-        ("EVALUATION_VIEW", T.Resize((225, 225))),
-        ("RESIZE_TRAINING", T.Resize((301, 301))),
-        ("TRAINING_VIEW", T.Compose(train.TRAINING_VIEW.transforms[:-1])),
+        ("EVAL_TRANSFORM", T.Resize((225, 225))),
+        ("TRAIN_RESIZE", T.Resize((301, 301))),
+        ("TRAIN_TRANSFORM", T.Compose(train.TRAIN_TRANSFORM.transforms[:-1])),
         ("NORMALIZE", T.Normalize(mean=[0.5] * 3, std=[0.5] * 3)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

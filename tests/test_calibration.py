@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import predict
-from transfer.calibration import calibrate, calibration, fit_temperature, logits_of
+from transfer.calibration import calibrate, collect_logits, fit_temperature
 from transfer.checkpoint import load_checkpoint
+from transfer.metrics import calibration_bins
 
 
 def overconfident(temperature, count=4000, classes=5):
@@ -51,11 +52,12 @@ def test_calibrating_a_head_changes_its_confidence_and_no_class():
         head.weight *= 4
         head.bias *= 4
         before = head(features)
-        found = calibrate(head, [logits_of(head, [(features[:1500], labels[:1500]), (features[1500:], labels[1500:])])])
+        batches = [(features[:1500], labels[:1500]), (features[1500:], labels[1500:])]
+        found = calibrate(head, [collect_logits(head, batches)])
         after = head(features)
     assert found == pytest.approx(4, rel=0.1) and torch.equal(before.argmax(1), after.argmax(1))
     assert torch.allclose(after, before / found, atol=1e-5)
-    errors = [calibration(labels, logits.softmax(1))[-1] for logits in (before, after)]
+    errors = [calibration_bins(labels, logits.softmax(1))[-1] for logits in (before, after)]
     assert errors[1] < 0.04 < errors[0]
 
 
@@ -65,11 +67,11 @@ def test_of_several_sets_the_geometric_mean_is_taken():
     assert calibrate(head, sets) == pytest.approx(2, rel=0.05)
 
 
-def test_best_pth_says_its_temperature_and_is_right_as_often_as_training_said(colours, quick):
+def test_best_pth_records_its_temperature_and_the_accuracy_that_training_printed(colours, quick):
     out = go("--epochs", 2, "--lr", 1e-3)
-    model, about = load_checkpoint(colours / "best.pth")
-    assert about["temperature"] > 0 and f"accuracy {about['accuracy']:.2%}" in out
-    assert model.fc.weight.abs().max() * about["temperature"] < 10
+    model, metadata = load_checkpoint(colours / "best.pth")
+    assert metadata["temperature"] > 0 and f"accuracy {metadata['accuracy']:.2%}" in out
+    assert model.fc.weight.abs().max() * metadata["temperature"] < 10
     assert weights_of()["fc.weight"].shape == (3, 512)
 
 
@@ -78,5 +80,5 @@ def test_on_the_sample_confidence_and_share_right_lie_close_together(sample_run,
     page = tmp_path / "report.html"
     status, _, err = run_main(predict.main, "test.txt", "--model", sample_run[1], "--report", page)
     assert status == 0, err
-    # Before there was a temperature it was 21%; of 300 images that are right as often as they say it would be 4%.
+    # Before there was a temperature it was 21%; of 300 images with perfect confidence it would be 4%.
     assert float(re.search(r'id="ece">([\d.]+)%', page.read_text())[1]) < 8

@@ -22,8 +22,8 @@ from torchvision.models import get_model, resnet18
 
 import predict
 import train
-from transfer.checkpoint import ABOUT, load_backbone, load_checkpoint
-from transfer.console import UserError, shown
+from transfer.checkpoint import METADATA_KEY, load_backbone, load_checkpoint
+from transfer.console import UserError, printable
 
 
 def plain_probabilities(path, image):
@@ -90,9 +90,9 @@ def tiny_resnet18(classes=3, **changes):
     return state
 
 
-def with_about(about, classes=3):
+def with_metadata(metadata, classes=3):
     state = tiny_resnet18(classes)
-    state._metadata[ABOUT] = about
+    state._metadata[METADATA_KEY] = metadata
     return state
 
 
@@ -349,33 +349,33 @@ def test_usual_forms_of_a_checkpoint_load_in_both_scripts(tmp_path, monkeypatch,
     assert load_backbone(tmp_path / "model.pth", "resnet18")["conv1.weight"].shape == (64, 3, 7, 7)
 
 
-GOOD_ABOUT = {"format": 1, "classes": ["a", "b", "c"], "accuracy": 0.5}
+GOOD_METADATA = {"format": 1, "classes": ["a", "b", "c"], "accuracy": 0.5}
 
 
-HOSTILE_ABOUT = {
+HOSTILE_METADATA = {
     "a word": "hello",
     "a list": [1, 2],
     "a number": 5,
     "empty": {},
-    "another format": GOOD_ABOUT | {"format": 2},
+    "another format": GOOD_METADATA | {"format": 2},
     "no format": {"classes": ["a", "b", "c"]},
     "no classes": {"format": 1},
-    "too few names": GOOD_ABOUT | {"classes": ["a", "b"]},
-    "too many names": GOOD_ABOUT | {"classes": list("abcd")},
-    "names of another type": GOOD_ABOUT | {"classes": ["a", "b", 3]},
-    "names in a word": GOOD_ABOUT | {"classes": "abc"},
-    "names in a dict": GOOD_ABOUT | {"classes": {"a": 0, "b": 1, "c": 2}},
-    "a tensor for a number": GOOD_ABOUT | {"accuracy": torch.zeros(3)},
-    "a number in words": GOOD_ABOUT | {"accuracy": "0.5"},
-    "a subclass": OrderedDict(GOOD_ABOUT),
+    "too few names": GOOD_METADATA | {"classes": ["a", "b"]},
+    "too many names": GOOD_METADATA | {"classes": list("abcd")},
+    "names of another type": GOOD_METADATA | {"classes": ["a", "b", 3]},
+    "names in a word": GOOD_METADATA | {"classes": "abc"},
+    "names in a dict": GOOD_METADATA | {"classes": {"a": 0, "b": 1, "c": 2}},
+    "a tensor for a number": GOOD_METADATA | {"accuracy": torch.zeros(3)},
+    "a number in words": GOOD_METADATA | {"accuracy": "0.5"},
+    "a subclass": OrderedDict(GOOD_METADATA),
 }
 
 
-@pytest.mark.parametrize("kind", HOSTILE_ABOUT)
-def test_a_malformed_account_is_ignored_with_a_warning(tmp_path, kind):
-    status, names, err = predicted(tmp_path, pickled(with_about(HOSTILE_ABOUT[kind])))
+@pytest.mark.parametrize("kind", HOSTILE_METADATA)
+def test_malformed_metadata_is_ignored_with_a_warning(tmp_path, kind):
+    status, names, err = predicted(tmp_path, pickled(with_metadata(HOSTILE_METADATA[kind])))
     assert (status, names) == (0, ["0", "1", "2"])
-    model = shown(tmp_path / "model.pth")
+    model = printable(tmp_path / "model.pth")
     assert err == f"warning: {model}: its class names and history are malformed; going on with class numbers\n"
 
 
@@ -398,13 +398,13 @@ def test_a_hostile_ordered_dict_is_read_as_a_dict(tmp_path, attribute):
 
 
 def test_a_hostile_dict_of_metadata_is_read_as_a_dict(tmp_path):
-    metadata = Armed({ABOUT: GOOD_ABOUT}, get=5, items=5)
+    metadata = Armed({METADATA_KEY: GOOD_METADATA}, get=5, items=5)
     assert predicted(tmp_path, pickled(Armed(tiny_resnet18(), _metadata=metadata))) == (0, ["a", "b", "c"], "")
 
 
 def test_class_names_with_escapes_never_reach_the_terminal(tmp_path):
     names = ["\x1b[2J\x1b]0;owned\x07", "two\nlines", "\u202eleft\udcff"]
-    status, found, err = predicted(tmp_path, pickled(with_about(GOOD_ABOUT | {"classes": names})))
+    status, found, err = predicted(tmp_path, pickled(with_metadata(GOOD_METADATA | {"classes": names})))
     assert (status, found, err) == (0, sorted([r"\x1b[2J\x1b]0;owned\x07", r"two\nlines", r"\u202eleft\udcff"]), "")
 
 

@@ -27,8 +27,8 @@ pytestmark = pytest.mark.usefixtures("tiny")
 def test_ranks_share_all_rows_in_order_in_equal_slices_of_whole_chunks(count, world, step):
     def share(rank):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("transfer.distributed.world_size", lambda: world)
-            patch.setattr("transfer.distributed.my_rank", lambda: rank)
+            patch.setattr("transfer.distributed.get_world_size", lambda: world)
+            patch.setattr("transfer.distributed.get_rank", lambda: rank)
             patch.setattr(torch.distributed, "is_initialized", lambda: True)
             return rank_slice(count, step=step)
 
@@ -41,7 +41,7 @@ def test_ranks_share_all_rows_in_order_in_equal_slices_of_whole_chunks(count, wo
 def torchrun(script, *args, ranks=2, restarts=0):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     command = list(map(str, [*command, "--max-restarts", restarts, script, *args]))
-    # As README says: without the last one a restarted rank may be told a dead one's address.
+    # As README says: without the last one a restarted rank may get a dead one's address.
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
 
@@ -51,7 +51,7 @@ def feature_rows(folder):
     return sorted(row.numpy().tobytes() for chunk in chunks for row in chunk)
 
 
-# Up to torch 2.10 the ranks' connections are told on stdout, by all ranks at once.
+# Up to torch 2.10 all ranks print their connections on stdout at once.
 GLOO = r"(?m)^(\[Gloo\].*|.*is connected to \d+ peer ranks.*|\d+ is connected.*)\n"
 
 
@@ -96,8 +96,8 @@ def test_two_ranks_one_of_which_dies_once_give_the_features_and_the_head_of_one_
     assert not Path("sent").exists()  # rank 0 mapped what both had kept
     # Rank 0 alone prints: the same lines, each once, after those of the first attempt.
     timeless = lambda text: re.sub(r"in [\d.]+ s$", "", text, flags=re.MULTILINE)  # noqa: E731
-    said = re.sub(GLOO, "", done.stdout)
-    assert timeless(said).endswith(timeless(out)) and said.count("saved  ") == 1
+    printed = re.sub(GLOO, "", done.stdout)
+    assert timeless(printed).endswith(timeless(out)) and printed.count("saved  ") == 1
     assert "Traceback" not in done.stderr and "warning: " not in done.stderr
     # And one process finds all that two had kept.
     monkeypatch.setattr("transfer.features.CHUNK_ROWS", 2)
@@ -109,7 +109,7 @@ def test_two_ranks_one_of_which_dies_once_give_the_features_and_the_head_of_one_
 # Fine-tuning with scripted accuracies; a rank notes its weights of each step, and after the fifth rank 1 dies.
 TUNE = """
 import os, sys, train
-step, rank, steps, judged = train.torch.optim.Adam.step, int(os.environ["RANK"]), [], []
+step, rank, steps, evaluated = train.torch.optim.Adam.step, int(os.environ["RANK"]), [], []
 scripted = iter([0.25, 0.5, 0.75, 0.875])
 def spy(self, *args, **kwargs):
     step(self, *args, **kwargs)
@@ -117,10 +117,10 @@ def spy(self, *args, **kwargs):
         steps.append([parameter.detach().clone() for group in self.param_groups for parameter in group["params"]])
         if len(steps) == 5 and rank == 1:
             os._exit(1)
-def evaluate(model, batches):
-    judged.append(sum(len(labels) for _, labels in batches))
-    train.torch.save({"steps": steps, "judged": judged}, f"rank{rank}.pt")
-    return 1.0, next(scripted), 0.0
+def evaluate(model, loader):
+    evaluated.append(sum(len(labels) for _, labels in loader))
+    train.torch.save({"steps": steps, "evaluated": evaluated}, f"rank{rank}.pt")
+    return train.Metrics(1.0, next(scripted), 0.0)
 train.torch.optim.Adam.step, train.evaluate = spy, evaluate
 train.main(sys.argv[1:])
 """
@@ -134,14 +134,14 @@ def test_two_ranks_fine_tune_one_model_and_the_death_of_one_ends_the_run_with_be
     assert done.returncode == 1 and time.monotonic() - began < 60
     assert re.search(r"^error: another rank died|^stopped by SIGTERM", done.stderr, re.MULTILINE), done.stderr
     assert "[rank0]: Traceback" not in done.stderr
-    # Of 6 images each rank trains on 3 an epoch, in batches of 2 and 1, and judges 3; rank 0 alone judged the head.
+    # Of 6 images each rank trains on 3 an epoch, in batches of 2 and 1, and evaluates 3; the head is rank 0's alone.
     rank0, rank1 = (weights_of(f"rank{rank}.pt") for rank in (0, 1))
-    assert rank0["judged"] == [6, 3, 3] and rank1["judged"] == [3, 3]
+    assert rank0["evaluated"] == [6, 3, 3] and rank1["evaluated"] == [3, 3]
     for first, second in zip(rank0["steps"], rank1["steps"], strict=True):
         assert len(first) == 15 + 2 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     # The second epoch, the last whole one, took steps 3 and 4.
-    model, about = load_checkpoint(Path("best.pth"))
-    assert (about["epoch"], about["accuracy"]) == (3, 0.75)
+    model, metadata = load_checkpoint(Path("best.pth"))
+    assert (metadata["epoch"], metadata["accuracy"]) == (3, 0.75)
     tail = [value for name, value in model.named_parameters() if name.startswith(("layer4.", "fc."))]
     assert all(torch.equal(a, b) for a, b in zip(tail, rank0["steps"][-1], strict=True))
     epochs = [line.split()[0] for line in done.stdout.splitlines() if line[:5].strip().isdigit()]
@@ -166,7 +166,7 @@ def test_three_ranks_fine_tune_and_evaluate_four_test_images_of_which_one_rank_h
     assert rows_of() == rows[:1]
 
 
-def test_each_rank_tells_its_own_error_with_its_number_and_host(few):
+def test_each_rank_prints_its_own_error_with_its_number_and_host(few):
     other = "['--test', 'none.txt'] if os.environ['RANK'] == '1' else []"
     Path("other.py").write_text(f"import os, sys, train\ntrain.main([*sys.argv[1:], *({other})])")
     done = torchrun("other.py", "--weights", "none", "--workers", 0, "--epochs", 1)
@@ -180,8 +180,8 @@ def test_each_rank_tells_its_own_error_with_its_number_and_host(few):
 TINY = """
 import sys, train
 from torchvision import transforms as T
-train.EVALUATION_VIEW, train.RESIZE_TRAINING = T.Resize((64, 64)), T.Resize((86, 86))
-train.TRAINING_VIEW.transforms[1] = T.CenterCrop(64)
+train.EVAL_TRANSFORM, train.TRAIN_RESIZE = T.Resize((64, 64)), T.Resize((86, 86))
+train.TRAIN_TRANSFORM.transforms[1] = T.CenterCrop(64)
 train.main(sys.argv[1:])
 """
 

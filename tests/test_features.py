@@ -74,9 +74,9 @@ def test_an_image_that_could_not_be_read_is_reported_from_the_cache_too(extract,
     Path("green/train_1.png").write_bytes(b"no image")
     for times in (6, 0):
         decoded.clear()
-        features = extract(tolerated=1)
-        assert features.unread == {3: "not an image"} and features.rows.tolist() == [0, 1, 2, 4, 5]
-        assert not features.take(torch.tensor([3]), 0).any()
+        features = extract(max_unreadable=1)
+        assert features.unreadable == {3: "not an image"} and features.rows.tolist() == [0, 1, 2, 4, 5]
+        assert not features.gather(torch.tensor([3]), 0).any()
         assert sum(decoded.values()) == times
         assert capsys.readouterr().err == "warning: train.txt:4: green/train_1.png: not an image; skipped\n"
 
@@ -88,9 +88,9 @@ def test_features_of_many_chunks_are_taken_as_from_one():
     many, one = Features(features.split(4), 4, labels), Features([features], 10, labels)
     rows = torch.tensor([9, 0, 4, 3, 3, 8, 7])
     for view in (0, 1):
-        assert torch.equal(many.take(rows, view), features[rows, view])
-        assert torch.equal(one.take(rows, view), features[rows, view])
-    assert torch.equal(many.digests(), one.digests()) and len(one.digests().unique()) == 10
+        assert torch.equal(many.gather(rows, view), features[rows, view])
+        assert torch.equal(one.gather(rows, view), features[rows, view])
+    assert torch.equal(many.content_hashes(), one.content_hashes()) and len(one.content_hashes().unique()) == 10
 
 
 @pytest.mark.usefixtures("tiny")
@@ -156,26 +156,26 @@ def test_an_image_in_both_lists_is_found_by_its_path_where_the_bits_differ(job, 
     add_line("test.txt", "red/train_1.png 0\n")
     status, _, err = job()
     assert status == 0
-    said = "1 of 13 test images are in train.txt too, so the test accuracy is not to be believed: "
-    assert err == f"warning: {said}test.txt:13: red/train_1.png\n"
+    warning = "1 of 13 test images are in train.txt too, so the test accuracy is not to be believed: "
+    assert err == f"warning: {warning}test.txt:13: red/train_1.png\n"
 
 
-def test_digests_make_no_object_an_image():
+def test_content_hashes_make_no_object_an_image():
     rows = torch.randn(20_000, 1, 512)
     features = Features(rows.split(1024), 1024, torch.zeros(20_000, dtype=torch.int64))
     tracemalloc.start()
-    digests = features.digests()
+    content_hashes = features.content_hashes()
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(digests.unique()) == 20_000 and most < 20_000 * 10
+    assert len(content_hashes.unique()) == 20_000 and most < 20_000 * 10
 
 
 def test_a_subset_is_its_images_alone_numbered_anew():
     table, labels = torch.randn(7, 2, 16, generator=torch.Generator().manual_seed(0)), torch.arange(7)
     whole = Features([table[:4], table[4:]], 4, labels, {2: "damaged"})
     part = whole.subset(torch.tensor([6, 1, 4])).subset(torch.tensor([2, 0]))
-    assert part.labels.tolist() == [4, 6] and part.rows.tolist() == [0, 1] and not part.unread
-    assert torch.equal(part.take(part.rows, slice(None)), table[[4, 6]])
-    assert torch.equal(part.digests(), whole.digests()[[4, 6]])
+    assert part.labels.tolist() == [4, 6] and part.rows.tolist() == [0, 1] and not part.unreadable
+    assert torch.equal(part.gather(part.rows, slice(None)), table[[4, 6]])
+    assert torch.equal(part.content_hashes(), whole.content_hashes()[[4, 6]])
     ((inputs, known),) = part.batches(torch.tensor([1, 0]), torch.tensor([0, 1]), 8)
     assert torch.equal(inputs, torch.stack([table[6, 0], table[4, 1]])) and known.tolist() == [6, 4]

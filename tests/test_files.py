@@ -17,6 +17,7 @@ from torchvision.models import get_model
 
 import predict
 import train
+from transfer.metrics import Metrics
 
 
 def make_odd_file(kind):
@@ -115,7 +116,7 @@ def test_whichever_write_fails_the_last_whole_files_stay(job, monkeypatch, call,
             Path(name).write_bytes(content)
         with monkeypatch.context() as patch:
             scores = iter((0.1, 0.2))  # both epochs save
-            patch.setattr(train, "evaluate", lambda *_, scores=scores: (0.5, next(scores), 0.0))
+            patch.setattr(train, "evaluate", lambda *_, scores=scores: Metrics(0.5, next(scores), 0.0))
             faults = Faults(patch, call, number, getattr(errno, code))
             status, _, err = job("--epochs", 2)
         whole = old | faults.whole

@@ -13,11 +13,13 @@ from torch import nn
 
 import predict
 import train
-from transfer.backbone import embed_in_order
+from transfer.backbone import embed_dataset
 from transfer.checkpoint import load_checkpoint
 from transfer.device import Compute
-from transfer.finetune import batches_by_turns, one_cycle
+from transfer.features import Features, Split
+from transfer.finetune import FeatureMapLoader, one_cycle
 from transfer.lists import read_list
+from transfer.metrics import Metrics
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -29,7 +31,7 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 def script_accuracies(monkeypatch, *accuracies):
     """Let the evaluations give these accuracies, one after the other."""
     coming = iter(accuracies)
-    monkeypatch.setattr(train, "evaluate", lambda model, batches: (1.0, next(coming), 0.0))
+    monkeypatch.setattr(train, "evaluate", lambda model, loader: Metrics(1.0, next(coming), 0.0))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -53,14 +55,14 @@ def test_batch_norm_infers_and_only_the_tail_has_gradients_while_fine_tuning(few
     models, build = [], train.build_model
     monkeypatch.setattr(train, "build_model", lambda *args: models.append(build(*args)) or models[0])
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
-    go("--epochs", 1, "--finetune-epochs", 1, "--batch-size", 3, "--augment", "mirror")
+    go("--epochs", 1, "--finetune-epochs", 1, "--batch-size", 3, "--views", 2)
     head = {"fc.weight", "fc.bias"}
     tail = {name for name, _ in models[0].named_parameters() if name.startswith("layer4.")}
     assert seen == [head] * 4 + [head | tail] * 2  # the head has each image in two views
 
 
 def test_fine_tuning_is_off_unless_asked_for(few, quick, monkeypatch):
-    monkeypatch.setattr(train.finetune, "prepare", lambda *args, **kwargs: pytest.fail("fine-tuned unasked"))
+    monkeypatch.setattr(train, "prepare_finetuning", lambda *args, **kwargs: pytest.fail("fine-tuned unasked"))
     go("--epochs", 3)
     plain, rows = weights_of(), rows_of()
     go("--epochs", 3, "--finetune-epochs", 0, "--unfreeze", "all", "--finetune-lr", 1)
@@ -68,21 +70,21 @@ def test_fine_tuning_is_off_unless_asked_for(few, quick, monkeypatch):
 
 
 def test_fine_tuning_starts_from_an_early_head_and_best_pth_keeps_the_best(few, quick, monkeypatch):
-    def train_one_epoch(model, batches, optimizer, epoch, weight):
+    def train_one_epoch(model, *args, epoch, **options):
         if epoch == 9:
             start.append(model.head.weight.clone())
-            return 1.0, 0.5, 0.5
-        return original(model, batches, optimizer, epoch, weight)
+            return Metrics(1.0, 0.5, 0.5)
+        return original(model, *args, epoch=epoch, **options)
 
     start, original = [], train.train_one_epoch
-    monkeypatch.setattr("transfer.finetune.embed_in_order", cheap_trunk(embed_in_order))
+    monkeypatch.setattr("transfer.finetune.embed_dataset", cheap_trunk(embed_dataset))
     monkeypatch.setattr("transfer.calibration.fit_temperature", lambda logits, labels: 1.0)
     monkeypatch.setattr(train, "train_one_epoch", train_one_epoch)
     script_accuracies(monkeypatch, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.2)
     go("--epochs", 8, "--lr", 0.1, "--finetune-epochs", 1)
     best = weights_of()["fc.weight"]
     script_accuracies(monkeypatch, 0.1, 0.2, 0.3, 0.4, 0.5)
-    go("--epochs", train.FINETUNE_FROM, "--lr", 0.1)
+    go("--epochs", train.EARLY_EPOCHS, "--lr", 0.1)
     assert torch.equal(start[0], weights_of()["fc.weight"])
     script_accuracies(monkeypatch, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
     go("--epochs", 8, "--lr", 0.1)
@@ -97,20 +99,21 @@ def test_best_pth_is_replaced_only_where_fine_tuning_beats_the_head(few, monkeyp
     out = go("--epochs", 1, "--finetune-epochs", 1)
     assert same(weights_of("head.pth"), weights_of()) != replaced
     assert [row["best"] for row in rows_of()] == ["1", str(int(replaced))]
-    about = load_checkpoint(Path("best.pth"))[1]
-    assert (about["accuracy"], about["epoch"]) == ((0.75, 2) if replaced else (0.5, 1))
-    assert f"accuracy {about['accuracy']:.2%}, epoch {about['epoch']} (" in out
+    metadata = load_checkpoint(Path("best.pth"))[1]
+    assert (metadata["accuracy"], metadata["epoch"]) == ((0.75, 2) if replaced else (0.5, 1))
+    assert f"accuracy {metadata['accuracy']:.2%}, epoch {metadata['epoch']} (" in out
 
 
 def test_epochs_count_on_and_each_part_has_its_own_rates(few, quick, monkeypatch):
-    def train_one_epoch(model, batches, optimizer, epoch, weight):
+    def train_one_epoch(model, criterion, optimizer, loader, *, epoch, batch_scheduler):
         rates.append([group["lr"] for group in optimizer.param_groups])
-        for _ in batches if epoch > 7 else ():
+        for _ in loader if epoch > 7 else ():
             optimizer.step()  # which has nothing to do, and the schedule counts
-        return 1.0, 0.5, 0.5
+            batch_scheduler.step()
+        return Metrics(1.0, 0.5, 0.5)
 
     rates = []
-    monkeypatch.setattr("transfer.finetune.embed_in_order", cheap_trunk(embed_in_order))
+    monkeypatch.setattr("transfer.finetune.embed_dataset", cheap_trunk(embed_dataset))
     monkeypatch.setattr(train, "train_one_epoch", train_one_epoch)
     script_accuracies(monkeypatch, 0.9, *[0.5] * 12)
     go("--epochs", 7, "--lr", 0.02, "--finetune-epochs", 6, "--finetune-lr", 0.003)
@@ -125,12 +128,12 @@ def test_epochs_count_on_and_each_part_has_its_own_rates(few, quick, monkeypatch
 
 
 def cheap_trunk(original):
-    """`embed_in_order` whose images reach fine-tuning as zeros, of which layer4 makes nothing."""
+    """`embed_dataset` whose images reach fine-tuning as zeros, of which layer4 makes nothing."""
 
-    def embed_in_order(module, dataset, rows, **how):
-        return iter([(list(rows), torch.zeros(len(rows), how.get("per_image", 1), 256, 1, 1).squeeze(1), {})])
+    def embed_dataset(module, dataset, rows, *, per_image=1, **_):
+        return iter([(list(rows), torch.zeros(len(rows), per_image, 256, 1, 1).squeeze(1), {})])
 
-    return embed_in_order
+    return embed_dataset
 
 
 def test_fine_tuning_decodes_each_image_once_where_its_maps_fit_and_once_an_epoch_where_they_do_not(
@@ -152,20 +155,27 @@ def test_fine_tuning_decodes_each_image_once_where_its_maps_fit_and_once_an_epoc
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_evaluation_view_and_mirror_image_come_by_turns(few, keep):
-    listed, _ = read_list(Path("train.txt"), Path())
-    views, rows = train.Views(listed, [0, 1], 0), torch.tensor([4, 1, 2])
+    image_list, _ = read_list(Path("train.txt"), Path())
+    dataset, rows = train.ImageDataset(image_list, [0, 1], 0), torch.tensor([4, 1, 2])
     # A red corner, so that a mirror image shows.
     for row in rows.tolist():
         image = Image.new("RGB", (64, 64), (0, 0, 10 * row))
         image.paste((255, 0, 0), (0, 0, 32, 64))
-        image.save(os.fsdecode(listed.path(row)))
-    how = {"compute": Compute(torch.device("cpu"), torch.float32), "batch_size": 2, "keep": keep}
-    batches = batches_by_turns(nn.Identity(), views, rows, **how)
+        image.save(os.fsdecode(image_list.path(row)))
+    split = Split(dataset, Features([torch.zeros(6, 2, 1)], 6, image_list.labels).only(rows))
+    options = {"compute": Compute(torch.device("cpu"), torch.float32), "batch_size": 2, "keep": keep}
+    evaluated, shuffled = (FeatureMapLoader(nn.Identity(), split, **options, shuffle_seed=seed) for seed in (None, 0))
+    order = torch.Generator().manual_seed(0)
     for epoch in range(3):
-        maps, labels = zip(*batches(torch.tensor([2, 0, 1]), epoch), strict=True)
-        assert torch.cat(labels).tolist() == listed.labels[[2, 4, 1]].tolist()
-        turned = (torch.cat(maps)[:, 0, 32, 60] > 0).tolist()  # the red is on the right
-        assert turned == [(row + epoch) % 2 == 1 for row in (2, 4, 1)]
+        for loader, places in ((evaluated, torch.arange(3)), (shuffled, torch.randperm(3, generator=order))):
+            loader.set_epoch(epoch)
+            maps, labels = zip(*loader, strict=True)
+            assert (
+                len(labels) == len(loader) == 2
+                and torch.cat(labels).tolist() == image_list.labels[rows[places]].tolist()
+            )
+            turned = (torch.cat(maps)[:, 0, 32, 60] > 0).tolist()  # the red is on the right
+            assert turned == [(row + epoch) % 2 == 1 for row in rows[places].tolist()]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 80])
@@ -183,15 +193,15 @@ def test_one_cycle_rises_for_a_fifth_falls_and_always_trains(steps):
     assert rates[-1] < 0.01 or steps < 80
 
 
-def test_by_turns_each_image_comes_in_one_of_the_views(few):
+def test_of_one_view_each_images_come_in_the_next_view_each(few):
     photos, _ = read_list(Path("train.txt"), Path())
-    mixed, all_views = train.Views(photos, [0, 4], 1, by_turns=True), train.Views(photos, [0, 4], 1)
+    mixed, all_views = train.ImageDataset(photos, [0, 4], 1, one_view_each=True), train.ImageDataset(photos, [0, 4], 1)
     for index in range(len(photos)):
         assert torch.equal(mixed[index][1], all_views[index][1][index % 2 : index % 2 + 1])
 
 
 @pytest.mark.parametrize("split", [(), ("--val-split", 0.5)])
-def test_after_fine_tuning_predict_is_right_exactly_as_often_as_training_said(tmp_path, monkeypatch, split):
+def test_after_fine_tuning_predict_has_exactly_the_accuracy_that_training_printed(tmp_path, monkeypatch, split):
     monkeypatch.chdir(ROOT)
     for name, step in (("train", 4), ("test", 4)):
         lines = [line for line in (ROOT / f"{name}.txt").read_text().splitlines() if int(line.split()[-1]) < 4]
@@ -200,13 +210,13 @@ def test_after_fine_tuning_predict_is_right_exactly_as_often_as_training_said(tm
     # A rate at which the head learns nothing leaves the best epoch to fine-tuning.
     rates = ["--lr", 1e-9, "--finetune-lr", 1e-3]
     out = go(*lists, *rates, "--epochs", 1, "--finetune-epochs", 2, *split, weights=BUNDLED)
-    about = load_checkpoint(tmp_path / "best.pth")[1]
-    assert about["epoch"] > 1
+    metadata = load_checkpoint(tmp_path / "best.pth")[1]
+    assert metadata["epoch"] > 1
     status, table, err = run_main(predict.main, tmp_path / "test.txt", "--model", tmp_path / "best.pth", "--workers", 0)
     assert status == 0, err
     percent, right, count = re.search(r"^accuracy +([\d.]+%)  (\d+) of (\d+)", table, re.MULTILINE).groups()
     if split:
         assert f"test      accuracy {percent}, scored once" in out
     else:
-        assert about["accuracy"] == int(right) / int(count)
-        assert f"best      test accuracy {percent}, epoch {about['epoch']} (" in out
+        assert metadata["accuracy"] == int(right) / int(count)
+        assert f"best      test accuracy {percent}, epoch {metadata['epoch']} (" in out

@@ -1,4 +1,4 @@
-"""Images: which are used, how, and what is said of the rest."""
+"""Images: which are used, how, and the reason why one is not."""
 
 import errno
 import io

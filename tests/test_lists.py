@@ -1,4 +1,4 @@
-"""Lists: what a line may look like, what is said of a wrong one, and the validation split."""
+"""Lists: what a line may look like, and the error of a wrong one."""
 
 import errno
 import os
@@ -83,6 +83,13 @@ def test_root_is_what_paths_are_relative_to(colours, tmp_path_factory, monkeypat
 def test_class_names_come_from_folders_where_they_tell_classes_apart(paths, names):
     photos = ImageList("list", [path.encode() for path in paths], [0, 0, 1], [1, 2, 3])
     assert class_names(photos, None) == names
+
+
+def test_names_come_from_the_folders_below_the_one_that_all_share():
+    paths = [b"photos/cat/2020/1.jpg", b"photos/cat/2021/1.jpg", b"photos/dog/2020/1.jpg"]
+    assert class_names(ImageList("x", paths, [0, 0, 1], range(3)), None) == ["cat", "dog"]
+    mixed = [b"/photos/cat/2020/1.jpg", b"photos/cat/2021/1.jpg", b"photos/dog/2020/1.jpg"]
+    assert class_names(ImageList("x", mixed, [0, 0, 1], range(3)), None) == ["0", "1"]
 
 
 def test_a_classes_file_overrides_folder_names_and_must_fit(tmp_path):
@@ -205,15 +212,15 @@ def test_a_wrong_line_gets_the_hint_that_fits(trained, line, problem):
     before = Path("best.pth").read_bytes()
     add_line("train.txt", f"{line}\n")
     repeated = "warning: train.txt: 1 repeated line dropped\n" if "keep one" in problem else ""
-    said = f"{repeated}error: train.txt:13: {problem}\nerror: 1 problem in the lists; mend them and run again\n"
-    assert trained() == (2, "", said)
+    errors = f"{repeated}error: train.txt:13: {problem}\nerror: 1 problem in the lists; mend them and run again\n"
+    assert trained() == (2, "", errors)
     assert Path("best.pth").read_bytes() == before
     if "no such image" in problem:  # in prediction the error of one image, and the others' rows
         path = line.rpartition(" ")[0]
         status, out, err = run_main(predict.main, "train.txt", "--workers", 0)
         assert (status, out.count(".png  "), err) == (1, 12, f"error: {path}: {os.strerror(errno.ENOENT).lower()}\n")
     else:
-        assert run_main(predict.main, "train.txt") == (2, "", said)
+        assert run_main(predict.main, "train.txt") == (2, "", errors)
 
 
 def test_paths_found_only_beside_the_list_get_the_root_as_hint(job, monkeypatch):

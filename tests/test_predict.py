@@ -1,45 +1,39 @@
-"""Prediction: rows for pipelines, from Python, as often right as training said."""
+"""Prediction: rows for pipelines, from Python, with the accuracy that training printed."""
 
 import csv
 import dataclasses
 import errno
 import io
-import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import LOAD, ROOT, run_main, run_script
+from conftest import LOAD, ROOT, answer, run_main, run_script
 from PIL import Image
 
 import predict
 import train
 from transfer.checkpoint import load_checkpoint
-from transfer.console import UserError, shown
+from transfer.console import UserError, printable
 from transfer.images import ImageError
-from transfer.piped import CHUNKS_AHEAD, PipedPaths
 
 
-def test_predict_names_the_foods_and_is_right_as_often_as_training_said(sample_run):
+def test_predict_names_the_foods_and_has_the_accuracy_that_training_printed(sample_run):
     done = run_script("predict.py", "test.txt", "--model", sample_run[1])
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("food/")]
     right = sum(line.split("/")[1] == line.split()[1] for line in lines)
-    about = load_checkpoint(sample_run[1])[1]
-    assert len(lines) == 300 and right / 300 == about["accuracy"]
+    metadata = load_checkpoint(sample_run[1])[1]
+    assert len(lines) == 300 and right / 300 == metadata["accuracy"]
     assert f"accuracy  {right / 300:7.2%}  {right} of 300" in done.stdout
     assert f"best      test accuracy {right / 300:.2%}," in sample_run[0].stdout
-    assert about["classes"] == sorted(path.name for path in (ROOT / "food").iterdir() if path.is_dir())
+    assert metadata["classes"] == sorted(path.name for path in (ROOT / "food").iterdir() if path.is_dir())
 
 
 def test_each_result_stands_under_its_own_images_name(small_run, tmp_path):
@@ -87,26 +81,6 @@ def alike(found, expected, tolerance=1e-6):
     )
 
 
-@pytest.fixture
-def quick(model, monkeypatch):
-    """A backbone of next to no work: for tests in which what the network sees plays no part."""
-    torch.manual_seed(0)
-    backbone = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(1), torch.nn.Linear(48, 512)).eval()
-
-    def load(path, device, workers, mirror):
-        compute = dataclasses.replace(model.compute, workers=workers)
-        return dataclasses.replace(model, backbone=backbone, compute=compute)
-
-    monkeypatch.setattr(predict, "load", load)
-
-
-def answer(*args, status=0):
-    """A prediction with this exit status: stdout and stderr."""
-    found, out, err = run_main(predict.main, "--workers", 0, "--device", "cpu", *args)
-    assert found == status, err
-    return out, err
-
-
 def test_accuracy_is_what_training_reported_to_the_last_digit(small_run, model):
     lines = [line.split() for line in (small_run / "test.txt").read_text().splitlines()]
     # Half of the labels of one class are wrong, so that the accuracy is neither 0 nor 1.
@@ -117,14 +91,14 @@ def test_accuracy_is_what_training_reported_to_the_last_digit(small_run, model):
         train.main, *lists, "--weights", "best.pth", "--epochs", 2, "--views", 1, "--workers", 0, "--out", "other.pth"
     )
     assert status == 0, err
-    about = load_checkpoint(Path("other.pth"))[1]
+    metadata = load_checkpoint(Path("other.pth"))[1]
     table, _ = answer("wrong.txt", "--root", small_run, "--model", "other.pth")
     percent, right, count = re.search(r"^accuracy +([\d.]+%)  (\d+) of (\d+),", table, re.MULTILINE).groups()
-    assert int(count) == 12 and int(right) / 12 == about["accuracy"] < 1
+    assert int(count) == 12 and int(right) / 12 == metadata["accuracy"] < 1
     assert f"best      test accuracy {percent}, " in out
 
 
-def test_the_table_keeps_away_from_rows_that_programs_read(model, quick):
+def test_the_table_keeps_away_from_rows_that_programs_read(model, quick_model):
     Path("list.txt").write_text("red.png 0\ngreen.png 1\n")
     text, err = answer("list.txt")
     assert "\naccuracy " in text and err == ""
@@ -189,7 +163,7 @@ def test_a_report_of_no_model_is_one_line(model, wrong):
     assert out == "" and err.count("\n") == 1 and err.endswith("not a regular file; name a file of weights\n")
 
 
-def test_a_report_replaces_the_one_before_it_whole(model, quick):
+def test_a_report_replaces_the_one_before_it_whole(model, quick_model):
     Path("list.txt").write_text("red.png 0\ngreen.png 1\n")
     Path("report.html").write_text("the old one" * 10**6)
     os.link("report.html", "kept.html")  # what writes into the old file would change this too
@@ -213,7 +187,7 @@ def test_csv_rows_survive_commas_quotes_and_new_lines(model):
     assert alike([(red[4], float(red[5])), (red[6], float(red[7]))], expected[:2])
 
 
-def test_every_csv_row_has_as_many_fields_as_the_header(model, quick):
+def test_every_csv_row_has_as_many_fields_as_the_header(model, quick_model):
     Path("bad.png").write_bytes(b"no image")
     out, err = answer("red.png", "bad.png", "green.png", "--format", "csv", status=1)
     rows = list(csv.reader(io.StringIO(out, newline="")))
@@ -245,7 +219,7 @@ def test_text_shows_a_line_an_image_whatever_its_name(model):
     assert re.fullmatch(r'a, "b"\\nc\.png  red \d+\.\d%\n', out)
 
 
-def test_rows_come_in_input_order_whatever_the_batch_size_and_workers(model, quick):
+def test_rows_come_in_input_order_whatever_the_batch_size_and_workers(model, quick_model):
     for number in range(20):
         Image.new("RGB", (8, 8), (12 * number, 90, 255 - 12 * number)).save(f"{number}.png")
     Path("7.png").write_bytes(b"no image")
@@ -271,7 +245,7 @@ def test_below_min_prob_an_image_is_unknown(model):
     for least, name in ((below, "red"), (above, "unknown")):
         out, _ = answer("red.png", "--min-prob", least, "--format", "json")
         row = json.loads(out)
-        assert row["name"] == name and row["top"][0]["class"] == "red"  # what it is likeliest is still told
+        assert row["name"] == name and row["top"][0]["class"] == "red"  # what it is likeliest is still there
         assert answer("red.png", "--min-prob", least, "--format", "csv")[0].splitlines()[1].split(",")[3] == name
         text, _ = answer("red.png", "--min-prob", least, "--top-k", 1)
         assert text.startswith("red.png  unknown: red " if name == "unknown" else "red.png  red ")
@@ -288,7 +262,7 @@ def test_a_bad_image_does_not_count_in_the_accuracy(model):
     assert out == "" and err == "error: bad.png: not an image\n"
 
 
-def test_a_listed_image_that_is_missing_is_an_error_row_and_the_rest_is_predicted(model, quick):
+def test_a_listed_image_that_is_missing_is_an_error_row_and_the_rest_is_predicted(model, quick_model):
     os.mkdir("folder.png")
     Path("list.txt").write_text("none.png 2\nred.png 0\nfolder.png 0\ngreen.png 1\n")
     words = os.strerror(errno.ENOENT).lower()
@@ -320,7 +294,7 @@ def test_rows_hold_names_as_they_are_but_never_send_control_characters_to_a_term
     classes = [f"{NASTY}{name}" for name in model.classes]
     monkeypatch.setattr(predict, "load", lambda *_: dataclasses.replace(model, classes=classes))
     monkeypatch.setattr(io, "StringIO", Stream)
-    seen = shown(NASTY) if terminal else NASTY
+    seen = printable(NASTY) if terminal else NASTY
     out, _ = answer(f"{NASTY}.png", "--format", "csv")
     _, row = csv.reader(out.splitlines())
     assert (row[0], row[3], row[4]) == (f"{seen}.png", f"{seen}red", f"{seen}red") and float(row[5]) > 1 / 3
@@ -328,185 +302,6 @@ def test_rows_hold_names_as_they_are_but_never_send_control_characters_to_a_term
     out, _ = answer(f"{NASTY}.png", "--format", "json")
     row = json.loads(out)
     assert (row["path"], row["name"]) == (f"{NASTY}.png", f"{NASTY}red") and out.strip().isprintable()
-
-
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_paths_on_standard_input_are_answered_while_it_is_open_and_a_closed_pipe_ends_quietly(model, workers):
-    options = ["--workers", workers, "--batch-size", "1", "--device", "cpu"]
-    command = [sys.executable, str(ROOT / "predict.py"), "-", *options]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
-    with subprocess.Popen(command, env=buffered, **pipes) as piped:
-        overdue = threading.Timer(60, piped.kill)  # what is not flushed would be waited for without end
-        overdue.start()
-        for colours in (["red"], ["red", "green", "blue"], ["red"], ["green"]):  # three of them start the workers
-            piped.stdin.write("".join(f"{colour}.png\n" for colour in colours).encode())
-            piped.stdin.flush()
-            for colour in colours:
-                assert piped.stdout.readline().startswith(f"{colour}.png  {colour} ".encode())
-        piped.stdout.close()  # as `| head -2` does
-        piped.stdin.write(b"blue.png\n")
-        piped.stdin.close()
-        assert piped.stderr.read() == b""
-        overdue.cancel()
-    assert piped.returncode == 141  # as of any program that SIGPIPE ends
-
-
-@pytest.fixture
-def pipe(model, quick, monkeypatch, tmp_path):
-    """A function that pipes bursts of lines, each once all before it are answered. Rows as (path, error), stderr, and
-    the workers' ids.
-    """
-
-    def piped(*bursts, before_next=lambda: None):
-        ours, theirs = os.pipe()
-        answered, original = threading.Semaphore(0), PipedPaths.answered
-
-        def set_up(number):
-            os.close(os.open(f"worker {os.getpid()}", os.O_CREAT))
-            os.close(theirs)  # a fork of the writer's process, which else would keep the pipe open
-
-        def write():
-            with open(theirs, "wb", buffering=0) as end:
-                for burst in bursts:
-                    end.write("".join(f"{name}\n" for name in burst).encode())
-                    for _ in burst:
-                        assert answered.acquire(timeout=30)
-                    before_next()
-
-        monkeypatch.setattr("transfer.backbone.ignore_interrupts", set_up)
-        monkeypatch.setattr(PipedPaths, "answered", lambda self: (original(self), answered.release()))
-        with open(ours, "rb") as source:
-            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(source))
-            threading.Thread(target=write, daemon=True).start()
-            status, out, err = run_main(predict.main, "-", "--device", "cpu", "--workers", 2, "--format", "json")
-        assert status == 0, err
-        assert not multiprocessing.active_children()
-        rows = [json.loads(line) for line in out.splitlines()]
-        return [row["path"] for row in rows], err, [path.name for path in tmp_path.glob("worker *")]
-
-    return piped
-
-
-def test_a_whole_pipe_has_one_set_of_workers_and_rows_in_its_order(pipe):
-    names = [f"{'./' * (number % 9)}{('red', 'green', 'blue')[number % 3]}.png" for number in range(1000)]
-    bursts = [names[:1], names[1:4], names[4:200], names[200:210], names[210:211], names[211:600], names[600:]]
-    paths, err, workers = pipe(*bursts)
-    assert (paths, err, len(workers)) == (names, "", 2)
-
-
-def test_few_piped_paths_start_no_workers(pipe):
-    assert pipe(["red.png"], ["green.png"] * 8) == (["red.png", *["green.png"] * 8], "", [])
-
-
-DIED = "warning: a worker died: out of memory, or /dev/shm is too small (docker run --shm-size=1g); going on"
-
-
-@pytest.mark.usefixtures("impatient")
-def test_where_a_pipes_worker_dies_at_its_work_the_rest_is_done_with_fewer_and_then_without(pipe, monkeypatch):
-    parent, read = os.getpid(), train.read_image
-
-    def dying(path):
-        if os.getpid() != parent and path == b"blue.png":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return read(path)
-
-    monkeypatch.setattr(train, "read_image", dying)
-    names = ["red.png", "green.png"] * 20 + ["blue.png"] + ["green.png", "red.png"] * 40
-    assert pipe(names, ["blue.png", "red.png"])[:2] == (
-        [*names, "blue.png", "red.png"],
-        f"{DIED} with 1\n{DIED} without\n",
-    )
-
-
-@pytest.mark.usefixtures("impatient")
-def test_where_a_pipes_worker_dies_while_no_path_is_there_the_rest_is_done_by_who_is_left(pipe, monkeypatch):
-    waiting, original = threading.Event(), PipedPaths.take
-
-    def take(self, wait):
-        (waiting.set if wait else waiting.clear)()
-        original(self, wait)
-
-    monkeypatch.setattr(PipedPaths, "take", take)
-
-    def kill():
-        assert waiting.wait(30)
-        for child in multiprocessing.active_children()[:1]:
-            child.kill()
-            time.sleep(0.3)  # its parent, which waits for a path, hears of it
-
-    names = ["red.png", "green.png"] * 10
-    assert pipe(names, ["blue.png"], names, before_next=kill)[:2] == (
-        [*names, "blue.png", *names],
-        f"{DIED} with 1\n{DIED} without\n",
-    )
-
-
-class Source(io.RawIOBase):
-    """Standard input that is read piece by piece."""
-
-    def __init__(self, pieces):
-        self.pieces, self.reads = iter(pieces), 0
-
-    def read(self, size):
-        self.reads += 1
-        piece = next(self.pieces, b"")
-        if isinstance(piece, OSError):
-            raise piece
-        return piece
-
-    def readable(self):
-        return True
-
-
-def put_in(monkeypatch, pieces):
-    source = Source(pieces)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(source)))
-    return source
-
-
-def test_of_an_endless_pipe_little_is_read_ahead(monkeypatch):
-    source = put_in(monkeypatch, itertools.repeat(b"red.png\n" * 100))
-    pipe = PipedPaths(8)
-    for number, batch in enumerate(itertools.islice(pipe.batches(few=False), 50)):
-        assert [count for count, _ in batch] == list(range(8 * number, 8 * number + 8))
-        for _ in batch:
-            pipe.answered()
-        assert len(pipe.unanswered) <= 108
-    time.sleep(0.2)
-    assert source.reads <= 4 + CHUNKS_AHEAD + 2  # 400 lines were answered
-
-
-@pytest.mark.parametrize(
-    ("pieces", "words"),
-    [
-        ([b"red.png\n", *[b"x" * 60_000] * 3], "a line too long for a path; give one path a line"),
-        (
-            [b"red.png\n", OSError(errno.EIO, "Input/output error")],
-            "input/output error; pipe paths into it, one a line",
-        ),
-    ],
-)
-def test_standard_input_that_holds_no_lines_is_an_error(model, monkeypatch, pieces, words):
-    source = put_in(monkeypatch, pieces)
-    out, err = answer("-", "--format", "csv", status=1)
-    assert out.count("red.png") == 1 and err == f"error: standard input: {words}\n"
-    assert source.reads <= 3
-
-
-def test_standard_input_is_a_path_a_line_in_either_systems_line_ends(model, monkeypatch):
-    pipe = io.BufferedReader(io.BytesIO(b"red.png\r\n\nnone.png\n green.png\nblue.png"))
-    os.rename("green.png", " green.png")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(pipe))
-    out, err = answer("-", "--format", "json", status=1)
-    rows = [json.loads(line) for line in out.splitlines()]
-    expected = [("red.png", "red"), ("none.png", None), (" green.png", "green"), ("blue.png", "blue")]
-    assert [(row["path"], row["name"]) for row in rows] == expected and err == ""
-
-
-def test_standard_input_stands_alone(model):
-    out, err = answer("-", "red.png", status=2)
-    assert out == "" and "- stands alone" in err
 
 
 def test_memory_does_not_grow_with_the_number_of_images(model):
@@ -518,7 +313,7 @@ def test_memory_does_not_grow_with_the_number_of_images(model):
     code = """
 import resource, torch, predict
 backbone = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(1), torch.nn.Linear(3, 512))
-predict.backbone_of = lambda model: backbone
+predict.Backbone = lambda model: backbone
 def peak(name):
     predict.main([name, "--workers", "0", "--device", "cpu", "--format", "json"])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -565,8 +360,8 @@ def test_from_both_sides_an_image_and_its_mirror_image_are_the_same_and_each_way
     means = {name: (logs[0][name] + logs[1][name]) / 2 - logs[2][name] for name in logs[2]}
     assert max(means.values()) - min(means.values()) < 1e-3
     arguments = ("sides.png", "--mirror", "--format", "json", "--model", small_run / "best.pth")
-    said = json.loads(answer(*arguments)[0])["top"]
-    assert alike([(top["class"], top["prob"]) for top in said], first)
+    rows = json.loads(answer(*arguments)[0])["top"]
+    assert alike([(top["class"], top["prob"]) for top in rows], first)
 
 
 def test_a_pil_image_is_turned_as_its_exif_says(model):

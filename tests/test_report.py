@@ -10,9 +10,9 @@ import torch
 from browsing import HOSTILE, Page, ask, complaints, fetched, show
 from PIL import Image
 
-from transfer import report
-from transfer.console import UserError, shown
-from transfer.scores import Scores
+from transfer.console import UserError, printable
+from transfer.metrics import ClassificationScores, calibration_bins
+from transfer.pages import report
 
 CURVES = [
     {
@@ -30,9 +30,9 @@ CURVES = [
 
 def scores_of(labels, probs):
     """The scores of labels (N,) and probabilities (N, C)."""
-    scores = Scores(probs.shape[1])
+    scores = ClassificationScores(probs.shape[1])
     for label, each in zip(labels.tolist(), probs, strict=True):
-        scores.add(label, each)
+        scores.update(label, each)
     return scores
 
 
@@ -44,7 +44,7 @@ def case(classes, images, name="class"):
     logits[torch.arange(images), labels] += 2.5
     probs = logits.softmax(1)
     return {
-        "about": {"classes": [], "epoch": 3, "backbone": "ImageNet", "recipe": {"lr": 0.005}, "seconds": 14.25},
+        "metadata": {"epoch": 3, "backbone": "ImageNet", "recipe": {"lr": 0.005}, "seconds": 14.25},
         "scores": scores_of(labels, probs),
         "classes": [f"{name} {number}" for number in range(classes)],
         "paths": [f"photos/{number}.jpg".encode() for number in range(images)],
@@ -58,13 +58,12 @@ def case(classes, images, name="class"):
 
 def written(tmp_path, given, target="report.html"):
     """The page that is made of it; the curves lie beside the model, as training leaves them."""
-    given = dict(given)
-    curves, name = given.pop("curves"), given["model"]
+    labels, names = given["labels"].tolist(), {key: given[key] for key in ("model", "list_name")}
+    images = list(zip(given["paths"][: len(labels)], labels, given["probs"], strict=True))
+    metadata = {"classes": given["classes"]} | given["metadata"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "read_history", lambda model: curves if str(model) == name else None)
-        labels, probs = given.pop("labels").tolist(), given.pop("probs")
-        images = list(zip(given.pop("paths")[: len(labels)], labels, probs, strict=True))
-        report.save_report(tmp_path / target, images=images, **given)
+        patch.setattr(report, "read_history", lambda model: given["curves"] if model == given["model"] else None)
+        report.save_report(tmp_path / target, metadata, given["scores"], images, **names)
     return (tmp_path / target).read_text(encoding="utf-8")
 
 
@@ -133,7 +132,7 @@ def test_calibration_is_what_a_hand_counts():
     # Confidence 0.9 twice, one right; 0.6 twice, both right; 0.5 once, wrong.
     probs = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.6, 0.4], [0.5, 0.5]])
     labels = torch.tensor([0, 1, 1, 0, 1])
-    count, right, confidence, ece = report.calibration(labels, probs)
+    count, right, confidence, ece = calibration_bins(labels, probs)
     assert count.tolist() == [0, 0, 0, 0, 1, 2, 0, 0, 2, 0]  # a tenth holds its upper end: (0.8, 0.9]
     assert right.tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 1, 0]
     assert confidence[[4, 5, 8]].tolist() == pytest.approx([0.5, 0.6, 0.9])
@@ -157,8 +156,8 @@ def test_mistakes_come_by_falling_confidence_and_hits_by_rising(tmp_path):
     right = guesses == given["labels"]
     mistakes = [i for i in confidence.argsort(descending=True).tolist() if not right[i]][:24]
     hits = [i for i in confidence.argsort().tolist() if right[i]][:12]
-    shown = re.findall(r'<p class="path">photos/(\d+)\.jpg</p>', page)
-    assert len(mistakes) == 24 and list(map(int, shown)) == mistakes + hits
+    cards = re.findall(r'<p class="path">photos/(\d+)\.jpg</p>', page)
+    assert len(mistakes) == 24 and list(map(int, cards)) == mistakes + hits
     worst = mistakes[0]
     first = re.search(r'<li class="card">(.*?)</li>', page, re.S)[1]
     assert f"labelled <b>class {int(given['labels'][worst])}</b>" in first
@@ -176,9 +175,9 @@ def test_no_epoch_is_marked_where_none_was_best(tmp_path):
     assert page.count('class="line orange"') == 2 and "best, epoch" not in page and 'class="ring"' not in page
 
 
-def test_what_the_checkpoint_says_of_itself_is_on_the_page(tmp_path):
-    about = {"backbone": "ImageNet", "train_images": 4750, "accuracy": 0.51234, "seconds": 14.25, "device": "cpu"}
-    page = written(tmp_path, case(3, 12) | {"about": about | {"recipe": {"lr": 0.005, "device": "auto"}}})
+def test_the_metadata_of_the_checkpoint_is_on_the_page(tmp_path):
+    metadata = {"backbone": "ImageNet", "train_images": 4750, "accuracy": 0.51234, "seconds": 14.25, "device": "cpu"}
+    page = written(tmp_path, case(3, 12) | {"metadata": metadata | {"recipe": {"lr": 0.005, "device": "auto"}}})
     facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
     assert facts == {
         "Backbone": "ImageNet",
@@ -203,7 +202,7 @@ def test_a_rate_that_drops_every_epoch_is_not_marked(tmp_path):
 def test_hostile_names_are_text(tmp_path):
     given = case(3, 12, name=HOSTILE)
     given["paths"] = [f"{number}{HOSTILE}".encode() + b"\xff.jpg" for number in range(12)]
-    given["about"] = {"backbone": HOSTILE, "date": [HOSTILE], "seconds": HOSTILE, "recipe": {HOSTILE: HOSTILE}}
+    given["metadata"] = {"backbone": HOSTILE, "date": [HOSTILE], "seconds": HOSTILE, "recipe": {HOSTILE: HOSTILE}}
     page = written(tmp_path, given | {"model": HOSTILE, "list_name": HOSTILE})
     parsed = Page(page)
     assert "<script" not in page and "<img src=x" not in page
@@ -212,8 +211,8 @@ def test_hostile_names_are_text(tmp_path):
     assert "\x1b" not in page and "\u202e" not in page
 
 
-def test_a_checkpoint_that_says_nothing_and_no_curves_leave_a_page(tmp_path):
-    page = written(tmp_path, case(3, 12) | {"about": {"classes": ["a", "b", "c"]}, "curves": []})
+def test_a_checkpoint_without_metadata_and_no_curves_leave_a_page(tmp_path):
+    page = written(tmp_path, case(3, 12) | {"metadata": {"classes": ["a", "b", "c"]}, "curves": []})
     assert "does not lie beside the checkpoint" in page
     assert "Backbone" not in page and "Training time" not in page and "None" not in page
 
@@ -232,11 +231,12 @@ def test_malformed_curves_are_left_out_with_a_sentence(tmp_path, damage):
 
 def test_the_page_says_whether_the_list_chose_the_epoch(tmp_path):
     given = case(3, 12)
-    assert "also chose the epoch" in written(tmp_path, given | {"about": {"chosen_on": "./test.txt"}})
-    page = written(tmp_path, given | {"about": {"chosen_on": "other/test.txt"}})  # perhaps this one, perhaps not
+    assert "also chose the epoch" in written(tmp_path, given | {"metadata": {"chosen_on": "./test.txt"}})
+    page = written(tmp_path, given | {"metadata": {"chosen_on": "other/test.txt"}})  # perhaps this one, perhaps not
     assert "chosen on other/test.txt.</p>" in page and "also chose" not in page
-    assert "chosen on val.txt; this list had no say" in written(tmp_path, given | {"about": {"chosen_on": "val.txt"}})
-    assert "chose" not in written(tmp_path, given | {"about": {}})
+    page = written(tmp_path, given | {"metadata": {"chosen_on": "val.txt"}})
+    assert "chosen on val.txt; this list had no say" in page
+    assert "chose" not in written(tmp_path, given | {"metadata": {}})
 
 
 def test_photos_are_embedded_small_and_a_lost_one_is_a_grey_square(tmp_path):
@@ -252,7 +252,7 @@ def test_photos_are_embedded_small_and_a_lost_one_is_a_grey_square(tmp_path):
 
 
 def test_a_folder_as_target_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=f"{re.escape(shown(tmp_path))}: is a directory"):
+    with pytest.raises(UserError, match=f"{re.escape(printable(tmp_path))}: is a directory"):
         written(tmp_path, case(3, 12), target="")
 
 

@@ -1,4 +1,4 @@
-"""Architectures that a backbone can have: torchvision's ResNets, built by name, told by the names of their weights."""
+"""Architectures that a backbone can have: torchvision's ResNets, built by name, inferred from the names of weights."""
 
 import functools
 from collections.abc import Iterable
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # the recipe's first
+from transfer.flags import ARCHITECTURES
 
 
-def titled(arch: str) -> str:
+def arch_title(arch: str) -> str:
     """Its name for people, as ResNet-18."""
     return arch.replace("resnet", "ResNet-")
 
@@ -20,7 +20,7 @@ def new_network(arch: str, classes: int = 1000) -> nn.Module:
     return get_model(arch, num_classes=classes)
 
 
-def entries_of(arch: str, classes: int = 1000) -> dict[str, Tensor]:
+def meta_state_dict(arch: str, classes: int = 1000) -> dict[str, Tensor]:
     """Its state dict as names, shapes and dtypes: tensors on the meta device."""
     with torch.device("meta"):
         return new_network(arch, classes).state_dict()
@@ -28,7 +28,7 @@ def entries_of(arch: str, classes: int = 1000) -> dict[str, Tensor]:
 
 def checkpoint_bytes(arch: str, classes: int) -> int:
     """What its state dict takes on a disk, to within a percent."""
-    return sum(value.nbytes for value in entries_of(arch, classes).values())
+    return sum(value.nbytes for value in meta_state_dict(arch, classes).values())
 
 
 def weights_among(names: Iterable[str]) -> frozenset[str]:
@@ -38,11 +38,11 @@ def weights_among(names: Iterable[str]) -> frozenset[str]:
 
 @functools.cache  # all five take 0.2 s to build, and who loads one file may load more
 def weights_of(arch: str) -> frozenset[str]:
-    return weights_among(entries_of(arch))
+    return weights_among(meta_state_dict(arch))
 
 
-def told_by(names: Iterable[str], wish: str | None = None) -> str:
-    """The architecture that has exactly these weights; else the wished one, else that with the fewest more or less.
+def infer_arch(names: Iterable[str], arch_asked: str | None = None) -> str:
+    """The architecture that has exactly these weights; else the one asked for, else that with the fewest more or less.
 
     names: a state dict's keys. The head is no part of it, nor are counts, which not every file has.
     """
@@ -51,4 +51,4 @@ def told_by(names: Iterable[str], wish: str | None = None) -> str:
         strange[arch] = len(weights_of(arch) ^ given)
         if not strange[arch]:
             return arch
-    return wish or min(strange, key=strange.get)
+    return arch_asked or min(strange, key=strange.get)

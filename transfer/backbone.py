@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,12 @@ Embedded = tuple[list[int], Tensor, dict[int, str]]
 READING_VERSION = 2  # of how images become numbers, up to `embed`: raise it and no cached feature is used
 
 
-def backbone_of(model: nn.Module) -> nn.Sequential:
-    """Everything but the head, as one module: images (N, 3, 224, 224) to features (N, D)."""
-    return nn.Sequential(*list(model.children())[:-1], nn.Flatten(1))
+class Backbone(nn.Sequential):
+    """A ResNet without its head: images (N, 3, 224, 224) to features (N, feature_dim)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(*list(model.children())[:-1], nn.Flatten(1))
+        self.feature_dim = model.fc.in_features
 
 
 def inference_copy(module: nn.Module, compute: Compute) -> nn.Module:
@@ -86,7 +90,7 @@ def notice_deaths_while_waiting() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def in_smaller_parts(embed_views: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def with_oom_retry(embed_views: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The same function, in 2, 4, then 8 parts where the device's memory is too small for the whole."""
     parts = 1
 
@@ -106,7 +110,7 @@ def in_smaller_parts(embed_views: Callable[[Tensor], Tensor]) -> Callable[[Tenso
     return embed_parts
 
 
-def embed_in_order(
+def embed_dataset(
     module: nn.Module,
     dataset: Dataset,
     rows: Sequence[int],
@@ -124,13 +128,13 @@ def embed_in_order(
     if compute.device.type != "cpu":
         workers = min(workers, workers_with_room(part * per_image))
 
-    def parts() -> Iterator[Sequence[int]]:
+    def remaining() -> Iterator[Sequence[int]]:
         for start in range(done, len(rows), batch_size):
             end = min(start + batch_size, len(rows))
             yield from (rows[first : min(first + part, end)] for first in range(start, end, part))
 
-    how = {"compute": replace(compute, workers=workers), "per_image": per_image, "parts": math.ceil(batch_size / part)}
-    for batch in embed_batches(module, dataset, parts, **how):
+    compute, parts = replace(compute, workers=workers), math.ceil(batch_size / part)
+    for batch in embed_batches(module, dataset, remaining, compute=compute, per_image=per_image, parts=parts):
         yield batch
         done += len(batch[0]) + len(batch[2])
 
@@ -144,7 +148,7 @@ def workers_with_room(views: int) -> int:
     return free // (3 * views * VIEW_BYTES)
 
 
-def joined(embedded: Iterator[Embedded], parts: int, device: torch.device) -> Iterator[Embedded]:
+def join_parts(embedded: Iterator[Embedded], parts: int, device: torch.device) -> Iterator[Embedded]:
     """So many parts of views as one batch, on the device; of what travels as features each part is one."""
     while some := list(itertools.islice(embedded, parts)):
         if parts == 1:
@@ -153,6 +157,19 @@ def joined(embedded: Iterator[Embedded], parts: int, device: torch.device) -> It
         views = [values.to(device, non_blocking=device.type == "cuda") for rows, values, _ in some if rows]
         reasons = {row: reason for *_, bad in some for row, reason in bad.items()}
         yield [row for rows, *_ in some for row in rows], torch.cat(views) if views else torch.empty(0), reasons
+
+
+def view_loader(dataset: Dataset, batches: Iterator[Sequence], collate_fn: Callable, compute: Compute) -> DataLoader:
+    """What decodes batches of a dataset's rows in compute.workers processes."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=compute.workers,
+        collate_fn=collate_fn,
+        pin_memory=compute.device.type == "cuda",
+        worker_init_fn=ignore_interrupts,
+        multiprocessing_context=START_METHOD if compute.workers else None,
+    )
 
 
 def embed_batches(
@@ -164,7 +181,7 @@ def embed_batches(
     per_image: int = 1,
     parts: int = 1,
 ) -> Iterator[Embedded]:
-    """`embed_in_order`, of batches that need not be known beforehand: what `batches` gives when it is first called,
+    """`embed_dataset`, of batches that need not be known beforehand: what `batches` gives when it is first called,
     and where workers died, when it is called again for those without an answer. It may give an empty one.
 
     On a CPU the worker that decodes an image also runs the module on it, single-threaded: no core waits for
@@ -173,26 +190,19 @@ def embed_batches(
     where the device's memory is too small for an eighth of a batch.
     """
     embed_views = functools.partial(embed, module, compute=compute)
-    here = None if compute.device.type == "cpu" else in_smaller_parts(embed_views)
-    workers, whole = compute.workers, False
-    while not whole:
-        loader = DataLoader(
-            dataset,
-            batch_sampler=batches(),
-            num_workers=workers,
-            collate_fn=functools.partial(collate, embed_views=None if here else embed_views),
-            pin_memory=compute.device.type == "cuda",
-            worker_init_fn=ignore_interrupts,
-            multiprocessing_context=START_METHOD if workers else None,
-        )
+    embed_here = None if compute.device.type == "cpu" else with_oom_retry(embed_views)
+    collate_fn = collate if embed_here else functools.partial(collate, embed_views=embed_views)
+    workers, finished = compute.workers, False
+    while not finished:
+        loader = view_loader(dataset, batches(), collate_fn, replace(compute, workers=workers))
         embedded = None
         try:
             embedded = iter(loader)
             notice_deaths_while_waiting()
-            for indices, values, bad in joined(embedded, parts, compute.device):
-                values = here(values) if here and indices else values
-                yield indices, values.unflatten(0, (-1, per_image)) if per_image > 1 and indices else values, bad
-            whole = True
+            for rows, values, bad in join_parts(embedded, parts, compute.device):
+                values = embed_here(values) if embed_here and rows else values
+                yield rows, values.unflatten(0, (-1, per_image)) if per_image > 1 and rows else values, bad
+            finished = True
         except (RuntimeError, OSError, EOFError) as error:  # the last two where it dies as its results are fetched
             if not workers or isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
@@ -203,7 +213,7 @@ def embed_batches(
             del embedded  # ends the other workers now, not with the next garbage
 
 
-def each_image(batches: Iterable[Embedded]) -> Iterator[tuple[int, Tensor | str]]:
+def unbatch(batches: Iterable[Embedded]) -> Iterator[tuple[int, Tensor | str]]:
     """Image by image, in order: its row and its values, float32 on the CPU, or the reason why it has none."""
     for rows, values, bad in batches:
-        yield from sorted([*zip(rows, values.cpu().float(), strict=False), *bad.items()], key=lambda image: image[0])
+        yield from sorted([*zip(rows, values.cpu().float(), strict=False), *bad.items()], key=itemgetter(0))

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from transfer.backbone import NORMALIZE, READING_VERSION
-from transfer.console import UserError, shown, warn
+from transfer.console import UserError, printable, warn
 from transfer.device import Compute
 from transfer.files import load_untrusted, save_tensors
 from transfer.lists import ImageList
 
 
 def recipe_digest(backbone: nn.Module, dataset: Dataset, compute: Compute) -> bytes:
-    """What the features of a `train.Views` depend on besides its images: weights, views, arithmetic, versions."""
-    recipe = [*dataset.recipe(), str(NORMALIZE), READING_VERSION]
+    """What the features of an `ImageDataset` depend on besides its images: weights, views, arithmetic, versions."""
+    recipe = [*dataset.describe(), str(NORMALIZE), READING_VERSION]
     versions = [torch.__version__, torchvision.__version__, PIL.__version__]
     parts = [recipe, versions, list(dataset.views), dataset.seed, compute.device.type, str(compute.dtype)]
     digest = hashlib.sha256(repr(parts).encode())
@@ -31,11 +31,11 @@ def recipe_digest(backbone: nn.Module, dataset: Dataset, compute: Compute) -> by
     return digest.digest()
 
 
-def chunk_path(cache: Path, recipe: bytes, listed: ImageList, span: range) -> Path:
+def chunk_path(cache: Path, recipe: bytes, image_list: ImageList, span: range) -> Path:
     """Where the chunk of these rows is kept: each image counts with its row, path, size and modification time."""
     digest = hashlib.sha256(recipe)
     for row in span:
-        path = os.path.abspath(listed.path(row))
+        path = os.path.abspath(image_list.path(row))
         with contextlib.suppress(OSError):  # gone since the list was checked: the pass will say so
             info = os.stat(path)
             digest.update(repr((row, path, info.st_size, info.st_mtime_ns)).encode())
@@ -48,15 +48,15 @@ def read_chunk(path: Path, shape: Sequence[int]) -> tuple[Tensor, dict[int, str]
         return None
     try:
         chunk = load_untrusted(path, mmap=True)
-        features, unread = chunk["features"], chunk["unread"]
-        fits = features.shape == shape and features.dtype == torch.float32 and type(unread) is dict
+        features, unreadable = chunk["features"], chunk["unread"]
+        fits = features.shape == shape and features.dtype == torch.float32 and type(unreadable) is dict
         if fits and chunk["name"] == path.name:
-            return features, unread
+            return features, unreadable
     except (UserError, KeyError, TypeError, AttributeError):
         pass
-    warn(f"{shown(path)}: damaged or foreign; computed again")
+    warn(f"{printable(path)}: damaged or foreign; computed again")
     return None
 
 
-def save_chunk(path: Path, features: Tensor, unread: dict[int, str]) -> None:
-    save_tensors(path, {"name": path.name, "features": features, "unread": unread})
+def save_chunk(path: Path, features: Tensor, unreadable: dict[int, str]) -> None:
+    save_tensors(path, {"name": path.name, "features": features, "unread": unreadable})

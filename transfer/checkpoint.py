@@ -6,16 +6,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from transfer.architectures import entries_of, new_network, titled, told_by
-from transfer.console import UserError, first_three, shown, warn
-from transfer.device import Compute
-from transfer.files import keep_previous, load_untrusted, save_tensors
+from transfer.architectures import arch_title, infer_arch, meta_state_dict, new_network
+from transfer.console import UserError, first_three, printable, warn
+from transfer.distributed import is_main_process
+from transfer.files import backup, history_path, load_untrusted, save_tensors
 from transfer.lists import MAX_CLASSES
+from transfer.metrics import Metrics
 
 WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FORMAT = 1  # of what `save_checkpoint` adds to a state dict
-ABOUT = "train.py"  # its key in the state dict's _metadata, which a plain load_state_dict ignores
-ABOUT_TYPES = {
+METADATA_KEY = "train.py"  # its key in the state dict's _metadata, which a plain load_state_dict ignores
+METADATA_TYPES = {
     "format": int,
     "classes": list,  # of their names, str
     "arch": str,  # torchvision's name
@@ -36,23 +37,23 @@ ABOUT_TYPES = {
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], object]:
-    """A state dict from an untrusted file, under torchvision's names, and what `save_checkpoint` said of it.
+    """A state dict from an untrusted file, under torchvision's names, and the metadata that `save_checkpoint` gave it.
 
     Nested under `model` or `state_dict`, or prefixed by DataParallel or torch.compile, is fine.
     Raises UserError as `load_untrusted` does, and where there is no state dict in it.
     """
-    name, found = shown(path), load_untrusted(path)
-    about = None
+    name, found = printable(path), load_untrusted(path)
+    metadata = None
     for _ in range(3):  # a checkpoint in a checkpoint is common, deeper nesting is not
         if not isinstance(found, dict):
             raise UserError(f"{name}: holds no state dict; save model.state_dict() with torch.save")
         # dict's own methods here and below: a hostile OrderedDict may carry attributes by those names.
-        metadata = vars(found).get("_metadata") if hasattr(found, "__dict__") else None
-        about = dict.get(metadata, ABOUT) if isinstance(metadata, dict) else about
+        attached = vars(found).get("_metadata") if hasattr(found, "__dict__") else None
+        metadata = dict.get(attached, METADATA_KEY) if isinstance(attached, dict) else metadata
         found = next((found[key] for key in ("model", "state_dict") if isinstance(dict.get(found, key), dict)), found)
     # Only names: whatever else a key is, printing it may fail.
     items = {key if type(key) is str else type(key).__name__: value for key, value in dict.items(found)}
-    return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in items.items()}, about
+    return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in items.items()}, metadata
 
 
 def is_plain(value: object) -> bool:
@@ -62,19 +63,21 @@ def is_plain(value: object) -> bool:
     return value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_nested)
 
 
-def check_state(state: dict[str, Tensor], path: Path, wish: str | None = None) -> tuple[str, dict[str, Tensor]]:
+def validate_state_dict(
+    state: dict[str, Tensor], path: Path, arch_asked: str | None = None
+) -> tuple[str, dict[str, Tensor]]:
     """The architecture of a state dict, and its entries, finite and of the right shapes.
 
-    Raises UserError with the first that don't fit, and where it has another architecture than is wished.
+    Raises UserError with the first that don't fit, and where it has another architecture than was asked for.
     """
-    arch = told_by(state, wish)
-    expected, head = entries_of(arch), state.get("fc.weight")
+    arch = infer_arch(state, arch_asked)
+    expected, head = meta_state_dict(arch), state.get("fc.weight")
     if is_plain(head) and head.dim() == 2 and 0 < len(head) <= MAX_CLASSES:
         expected["fc.weight"] = torch.empty(len(head), expected["fc.weight"].shape[1], device="meta")
         expected["fc.bias"] = torch.empty(len(head), device="meta")
     elif head is None:  # a backbone alone
         expected = {key: value for key, value in expected.items() if not key.startswith("fc.")}
-    problems = [f"unexpected {shown(key)[:60]}" for key in state if key not in expected]
+    problems = [f"unexpected {printable(key)[:60]}" for key in state if key not in expected]
     for key, value in expected.items():
         given = state.get(key)
         if given is None:
@@ -89,97 +92,97 @@ def check_state(state: dict[str, Tensor], path: Path, wish: str | None = None) -
         elif not given.isfinite().all():
             problems.append(f"{key} has values that are not finite")
     if problems:
-        misfit = f"does not fit a {titled(arch)}: {first_three(problems)}"
-        raise UserError(f"{shown(path)}: {misfit}; give one made for {wish or arch}")
-    if wish not in (None, arch):
-        raise UserError(f"{shown(path)}: is a {titled(arch)}, not a {titled(wish)}; add --arch {arch}")
+        misfit = f"does not fit a {arch_title(arch)}: {first_three(problems)}"
+        raise UserError(f"{printable(path)}: {misfit}; give one made for {arch_asked or arch}")
+    if arch_asked not in (None, arch):
+        raise UserError(
+            f"{printable(path)}: is a {arch_title(arch)}, not a {arch_title(arch_asked)}; add --arch {arch}"
+        )
     # Where there is no count, none was tracked.
     return arch, {key: state[key] if key in state else torch.tensor(0) for key in expected}
 
 
 def load_backbone(path: Path, arch: str) -> dict[str, Tensor]:
     """The state dict of a backbone from any file of this architecture, its head dropped. Raises UserError."""
-    _, state = check_state(load_state(path)[0], path, arch)
+    _, state = validate_state_dict(load_state(path)[0], path, arch)
     return {key: value for key, value in state.items() if not key.startswith("fc.")}
 
 
 def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
     """A ResNet in inference mode and what is known of it: at least its `arch`, and its `classes`, a list of names.
 
-    Raises UserError as `load_state` and `check_state` do, and where the file has no head.
+    Raises UserError as `load_state` and `validate_state_dict` do, and where the file has no head.
     """
-    state, about = load_state(path)
-    arch, state = check_state(state, path)
+    state, metadata = load_state(path)
+    arch, state = validate_state_dict(state, path)
     if "fc.weight" not in state:
-        raise UserError(f"{shown(path)}: has no head (fc.weight); give the best.pth that train.py saved")
+        raise UserError(f"{printable(path)}: has no head (fc.weight); give the best.pth that train.py saved")
     classes = len(state["fc.weight"])
     with torch.device("meta"):
         model = new_network(arch, classes)
     model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
-    if about is not None and not is_about(about, classes):
-        warn(f"{shown(path)}: its class names and history are malformed; going on with class numbers")
-        about = None
-    # What it is, its weights say themselves, whatever is said of them.
-    return model.eval(), (about or {"classes": [str(label) for label in range(classes)]}) | {"arch": arch}
+    if metadata is not None and not is_valid_metadata(metadata, classes):
+        warn(f"{printable(path)}: its class names and history are malformed; going on with class numbers")
+        metadata = None
+    # Its weights show what it is, whatever the metadata say.
+    return model.eval(), (metadata or {"classes": [str(label) for label in range(classes)]}) | {"arch": arch}
 
 
-def replaced_by(path: Path) -> str | None:
+def describe_existing(path: Path) -> str | None:
     """What a run that saves here replaces, in words; None where there is nothing."""
     if not path.exists():
         return None
     try:
-        state, about = load_state(path)
+        state, metadata = load_state(path)
     except UserError:
-        return f"{shown(path)} (no checkpoint of ours)"
-    if not is_about(about, len(state.get("fc.bias", ()))) or "accuracy" not in about:
-        return f"{shown(path)} (of unknown accuracy)"
-    return f"{shown(path)}, {about['accuracy']:.2%} on {shown(about['chosen_on'])}, {shown(about['date'])}"
+        return f"{printable(path)} (no checkpoint of ours)"
+    if not is_valid_metadata(metadata, len(state.get("fc.bias", ()))) or "accuracy" not in metadata:
+        return f"{printable(path)} (of unknown accuracy)"
+    scored = f"{metadata['accuracy']:.2%} on {printable(metadata['chosen_on'])}"
+    return f"{printable(path)}, {scored}, {printable(metadata['date'])}"
 
 
-def is_about(about: object, classes: int) -> bool:
+def is_valid_metadata(metadata: object, classes: int) -> bool:
     """Whether a checkpoint's own account has the form that `save_checkpoint` gives it."""
     # Exact types: a subclass from a hostile file may carry anything under dict's method names.
-    if type(about) is not dict or any(type(about[key]) is not ABOUT_TYPES[key] for key in about if key in ABOUT_TYPES):
+    if type(metadata) is not dict or any(
+        type(metadata[key]) is not METADATA_TYPES[key] for key in metadata if key in METADATA_TYPES
+    ):
         return False
-    names = about.get("classes", ())
-    return about.get("format") == FORMAT and len(names) == classes and all(type(name) is str for name in names)
+    names = metadata.get("classes", ())
+    return metadata.get("format") == FORMAT and len(names) == classes and all(type(name) is str for name in names)
 
 
-def save_checkpoint(path: Path, model: nn.Module, about: dict) -> None:
-    """Save a plain torchvision state dict that carries `about` where only this project looks for it."""
+def save_checkpoint(path: Path, model: nn.Module, metadata: dict) -> None:
+    """Save a plain torchvision state dict that carries `metadata` where only this project looks for it."""
     state = model.state_dict()
     for key, value in state.items():
         state[key] = value.detach().cpu().contiguous()
-    state._metadata[ABOUT] = {"format": FORMAT, **about}
+    state._metadata[METADATA_KEY] = {"format": FORMAT} | metadata
     save_tensors(path, state)
 
 
-def about_run(
-    flags: dict, names: list[str], backbone: str, chosen_on: str, compute: Compute, train_images: int, test_images: int
-) -> dict:
-    """What all checkpoints of a run say of it."""
-    return {
-        "classes": names,
-        "arch": flags["arch"],
-        "backbone": backbone,
-        "chosen_on": chosen_on,
-        "recipe": {flag: value for flag, value in flags.items() if isinstance(value, int | float | str)},
-        "device": compute.device.type,
-        "precision": compute.precision,
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "train_images": train_images,
-        "test_images": test_images,
-    }
+class Checkpointer:
+    """Saves a run's best epoch so far, and loads it again. The first save backs up what lay there before."""
 
+    def __init__(self, path: Path, model: nn.Module, metadata: dict, start_time: float):
+        self.path, self.model, self.metadata, self.start_time = path, model, metadata, start_time
+        self.saved = False
 
-def keep_epoch(
-    out: Path, model: nn.Module, about: dict, began: float, epoch: int, accuracy: float, recall: float, **more
-) -> None:
-    """Save the best epoch so far. The first one keeps what lay there before under another name."""
-    if epoch == 1 and not more:
-        keep_previous(out)
-        keep_previous(out.with_suffix(".csv"))
-    seconds = round(time.perf_counter() - began, 3)
-    save_checkpoint(
-        out, model, {**about, "epoch": epoch, "accuracy": accuracy, "recall": recall, "seconds": seconds, **more}
-    )
+    def save(self, epoch: int, metrics: Metrics, temperature: float | None = None) -> None:
+        """Rank 0 alone writes. Raises UserError (status 1) where the disk is full or fails."""
+        if not is_main_process():
+            return
+        if not self.saved:
+            backup(self.path)
+            backup(history_path(self.path))
+            self.saved = True
+        about_epoch = {"epoch": epoch, "accuracy": metrics.accuracy, "recall": metrics.macro_recall}
+        about_epoch["seconds"] = round(time.perf_counter() - self.start_time, 3)
+        if temperature is not None:
+            about_epoch["temperature"] = temperature
+        save_checkpoint(self.path, self.model, self.metadata | about_epoch)
+
+    def restore(self) -> None:
+        """Give the model the weights that were saved last."""
+        self.model.load_state_dict(load_state(self.path)[0])

@@ -1,6 +1,5 @@
-"""What the user is told, and may type: messages, errors in one line, progress, types of flags."""
+"""Console: messages, errors in one line, progress."""
 
-import argparse
 import contextlib
 import functools
 import io
@@ -10,38 +9,38 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import distributed as dist
 
-from transfer import interrupts
-from transfer.distributed import launched, my_rank
+from transfer import unguard_imports
+from transfer.distributed import get_rank, is_distributed
 
 SHOWN_PROBLEMS = 10
 
 
 class UserError(Exception):
-    """What the user can mend: one line each, and the exit status (2: before work, 1: during)."""
+    """What the user can fix: one line each, and the exit status (2: before work, 1: during)."""
 
     def __init__(self, *lines: str, status: int = 2):
         super().__init__("\n".join(lines))
         self.lines, self.status = lines, status
 
 
-def shown(name: str | bytes | os.PathLike) -> str:
+def printable(name: str | bytes | os.PathLike) -> str:
     """A name as it may be printed: control characters and broken encodings escaped."""
     text = os.fsdecode(name)
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
-def reason_of(error: OSError) -> str:
+def os_reason(error: OSError) -> str:
     """What the operating system says went wrong, as part of a sentence."""
     return (error.strerror or str(error)).lower()
 
 
-def counted(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
     """A number of things: 1 label, 2 labels."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
@@ -52,15 +51,15 @@ def first_three(items: Sequence) -> str:
     return ", ".join(str(item) for item in items[:3]) + rest
 
 
-def first_ten(problems: Sequence[str], total: str, fix: str) -> list[str]:
-    """The lines of the first ten problems, and a last one: their total in words, and how to mend them."""
+def summarise(problems: Sequence[str], total: str, fix: str) -> list[str]:
+    """The lines of the first ten problems, and a last one: their total in words, and how to fix them."""
     cut = f", {SHOWN_PROBLEMS} of them shown" if len(problems) > SHOWN_PROBLEMS else ""
     return [*problems[:SHOWN_PROBLEMS], f"{total}{cut}; {fix}"]
 
 
-def paste(script: str, test: Path, model: Path, root: Path) -> str:
+def predict_command(test: Path, model: Path, root: Path) -> str:
     """The command that shows what a model gets wrong, to be pasted into a shell in this folder."""
-    path = Path(__file__).resolve().parent.parent / script
+    path = Path(__file__).resolve().parent.parent / "predict.py"
     command = ["python", str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)]
     command += [str(test), *(["--labelled"] if test.is_dir() else []), "--report", "report.html"]
     command += ["--model", str(model)] if model != Path("best.pth") else []
@@ -75,7 +74,7 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def warn(*texts: str) -> None:
-    for text in texts if my_rank() == 0 else ():
+    for text in texts if get_rank() == 0 else ():
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
@@ -85,8 +84,8 @@ def warn_once(text: str) -> None:
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn user errors, Ctrl-C and SIGTERM into a line and an exit status; bugs keep their traceback."""
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt(143) in here, as Ctrl-C raises its own."""
 
     def terminate(*_) -> None:
         if hasattr(signal, "SIGCHLD"):  # sent to the whole group, as by `timeout`, it ends the workers too: no news
@@ -95,19 +94,26 @@ def one_line_errors() -> Iterator[None]:
 
     with contextlib.suppress(ValueError):  # not the main thread: the caller owns the signals
         signal.signal(signal.SIGTERM, terminate)
-        interrupts.hand_over()
+        unguard_imports()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # from here on it ends the process, and nothing is left to tell
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn user errors, Ctrl-C and SIGTERM into a line and an exit status; bugs keep their traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name never crashes an ASCII terminal
     try:
-        try:
+        with sigterm_interrupts():
             yield
-        finally:
-            with contextlib.suppress(ValueError):  # from here on it ends the process, and nothing is left to tell
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
     except UserError as error:
         # Each rank for itself: torchrun may end the others before they come to it, and some see other files.
-        who = f"rank {my_rank()} on {socket.gethostname()}: " if launched() else ""
+        who = f"rank {get_rank()} on {socket.gethostname()}: " if is_distributed() else ""
         print("".join(f"error: {who}{line}\n" for line in error.lines), end="", file=sys.stderr, flush=True)
         sys.exit(error.status)
     except RuntimeError as error:
@@ -124,7 +130,7 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(141)
     except KeyboardInterrupt as stop:
         status = stop.args[0] if stop.args else 130
-        if my_rank() == 0:
+        if get_rank() == 0:
             print(f"stopped by {'SIGTERM' if status == 143 else 'Ctrl-C'}; what was saved is whole", file=sys.stderr)
         sys.exit(status)
 
@@ -142,25 +148,25 @@ def duration(seconds: float) -> str:
 
 class Progress:
     """Images done, images/s and time left, on rank 0's stderr: a line that renews itself on a terminal, elsewhere
-    a line a tenth of the work, at least a minute apart, so that a log shows life.
+    a line for each tenth of the work, at least a minute apart, so that a log shows life.
     """
 
     def __init__(self, what: str, total: int):
         self.what, self.total, self.done, self.tenths, self.width = what, total, 0, 0, 0
-        self.began = self.said = time.perf_counter()
+        self.start_time = self.printed = time.perf_counter()
 
     def add(self, count: int) -> None:
         self.done += count
         now, tenths = time.perf_counter(), 10 * self.done // self.total
-        if my_rank():
+        if get_rank():
             return
         if sys.stderr.isatty():
-            if now - self.said < 0.2 and self.done < self.total:
+            if now - self.printed < 0.2 and self.done < self.total:
                 return
-        elif now - self.said < 60 or tenths == self.tenths:
+        elif now - self.printed < 60 or tenths == self.tenths:
             return
-        self.said, self.tenths = now, tenths
-        rate = self.done / (now - self.began)
+        self.printed, self.tenths = now, tenths
+        rate = self.done / (now - self.start_time)
         left = duration((self.total - self.done) / rate)
         line = f"{self.what} {self.done:,}/{self.total:,} images  {rate:.{int(rate < 10)}f}/s  {left} left"
         if sys.stderr.isatty():
@@ -169,37 +175,3 @@ class Progress:
             self.width = len(line)
         else:
             print(line, file=sys.stderr, flush=True)
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not that of a flag whose default is to be off."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        off = action.default is None or action.default is False
-        return action.help if off else super()._get_help_string(action)
-
-
-def whole(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number, at least so large."""
-
-    def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and least <= int(text) < 2**31):
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {least}")
-        return int(text)
-
-    return parse
-
-
-def positive(text: str) -> float:
-    """An argparse type: a number above 0, whose tenfold (Adam's first step) float32 can hold."""
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < 1e37:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0 and below 1e37")
-
-
-def fraction(text: str) -> float:
-    """An argparse type: a number between 0 and 1."""
-    if (value := positive(text)) < 1:
-        return value
-    raise argparse.ArgumentTypeError(f"'{text}' is not a number between 0 and 1")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from transfer.console import UserError, shown
-from transfer.distributed import cores_of_rank, local_rank, ranks_here
+from transfer.console import UserError, printable
+from transfer.distributed import cores_per_rank, get_local_rank, local_world_size
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Compute:
 
 
 def free_memory() -> int:
-    """Bytes of main memory that may still be taken, as far as the system tells; of a container, its own."""
+    """Bytes of main memory that may still be taken, as far as the system knows; of a container, its own."""
     limits = []
     with contextlib.suppress(OSError, ValueError):
         limits.append(1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]))
@@ -46,7 +46,7 @@ def pick_device(name: str) -> torch.device:
     have = [*(["cuda"] if cards else []), *(f"cuda:{card}" for card in range(cards))]
     have += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     if name not in ("auto", *have):
-        raise UserError(f"--device {shown(name)}: this machine offers {', '.join(have)}; pick one of them or auto")
+        raise UserError(f"--device {printable(name)}: this machine offers {', '.join(have)}; pick one of them or auto")
     name = have[0] if name == "auto" else name
     if name.startswith("cuda"):
         name = card_of_rank(name, cards)
@@ -58,19 +58,21 @@ def pick_device(name: str) -> torch.device:
 def pick_compute(device: str, precision: str, workers: int | None, training: bool = False) -> Compute:
     """What `--device`, `--precision` and `--workers` ask for. Raises UserError as the functions for each do."""
     where = pick_device(device)
-    return Compute(where, pick_precision(precision, where, training), cores_of_rank() if workers is None else workers)
+    return Compute(where, pick_precision(precision, where, training), cores_per_rank() if workers is None else workers)
 
 
 def card_of_rank(name: str, cards: int) -> str:
     """The card that this process is to use where `--device` named one or any. Raises UserError."""
-    if ranks_here() == 1:
+    if local_world_size() == 1:
         return name
     if name != "cuda":
-        raise UserError(f"--device {name}: {ranks_here()} ranks would share it; name cuda, and each takes its own")
-    if ranks_here() > cards:
+        raise UserError(
+            f"--device {name}: {local_world_size()} ranks would share it; name cuda, and each takes its own"
+        )
+    if local_world_size() > cards:
         fix = f"torchrun --nproc-per-node {cards}, or --device cpu"
-        raise UserError(f"--device cuda: {ranks_here()} ranks on this machine and {cards} cards; run {fix}")
-    return f"cuda:{local_rank()}"
+        raise UserError(f"--device cuda: {local_world_size()} ranks on this machine and {cards} cards; run {fix}")
+    return f"cuda:{get_local_rank()}"
 
 
 def pick_precision(name: str, device: torch.device, training: bool = False) -> torch.dtype:
@@ -86,7 +88,7 @@ def pick_precision(name: str, device: torch.device, training: bool = False) -> t
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16
         # float16's gradients would need scaling, and a network trained in one precision but used in another would not
-        # be right as often as training said.
+        # be right as often as training reported.
         return torch.float32 if training else torch.float16
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
         can = torch.cpu.get_capabilities()

@@ -1,9 +1,11 @@
 """The ranks: the processes of one torchrun, and what each of them takes on."""
 
+import functools
 import math
 import os
 import signal
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 
-def launched() -> bool:
+def is_distributed() -> bool:
     """Whether torchrun, or what sets the same variables, started this process among others.
 
     RANK alone, left over in a shell, makes no run of several.
@@ -19,38 +21,38 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "MASTER_ADDR" in os.environ
 
 
-def local_rank() -> int | None:
+def get_local_rank() -> int | None:
     """This process among those of its machine; None where it runs alone."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if launched() else None
+    return int(os.environ.get("LOCAL_RANK", 0)) if is_distributed() else None
 
 
-def ranks_here() -> int:
+def local_world_size() -> int:
     """How many ranks share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_distributed() else 1
 
 
-def world_size() -> int:
+def get_world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def my_rank() -> int:
+def get_rank() -> int:
     """This process among all; 0, the one that prints and writes, where it runs alone. Known before the ranks meet."""
-    return int(os.environ.get("RANK", 0)) if launched() else 0
+    return int(os.environ.get("RANK", 0)) if is_distributed() else 0
 
 
-def join_ranks() -> None:
+def init_distributed() -> None:
     """Meet the other ranks. The others than rank 0 fall silent on stdout."""
-    if launched() and not dist.is_initialized():
+    if is_distributed() and not dist.is_initialized():
         # Whoever waits here for a rank that has ended would not hear SIGTERM: torchrun would wait 30 s and kill it.
         handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # gloo for what lies on the CPU, and nccl for the gradients on CUDA. Rank 0 may train the head for hours.
         dist.init_process_group(timeout=timedelta(hours=12))
         signal.signal(signal.SIGTERM, handler)
-        if my_rank():
+        if get_rank():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def leave_ranks() -> None:
+def end_distributed() -> None:
     """Part from the other ranks, all at once: with torch 2.10 one that ends long before them may hang as it closes."""
     if dist.is_initialized():
         dist.barrier()
@@ -59,18 +61,33 @@ def leave_ranks() -> None:
 
 def rank_slice(count: int, rank: int | None = None, step: int = 1) -> range:
     """A rank's rows of so many, by default this one's: equal slices of whole steps, the last ones shorter or empty."""
-    rank = rank if rank is not None else my_rank() if dist.is_initialized() else 0
-    size = math.ceil(math.ceil(count / step) / world_size()) * step
+    rank = rank if rank is not None else get_rank() if dist.is_initialized() else 0
+    size = math.ceil(math.ceil(count / step) / get_world_size()) * step
     return range(min(rank * size, count), min((rank + 1) * size, count))
 
 
-def from_rank_0(value: object) -> object:
+def is_main_process() -> bool:
+    """Whether this is rank 0: the one that trains the head, prints and writes."""
+    return get_rank() == 0
+
+
+def broadcast(value: object) -> object:
     """What rank 0 has, on every rank."""
-    if world_size() == 1:
+    if get_world_size() == 1:
         return value
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def on_main_process(function: Callable) -> Callable:
+    """Decorate a function that rank 0 alone runs: all ranks get what it returns."""
+
+    @functools.wraps(function)
+    def on_rank_0(*args, **kwargs):
+        return broadcast(function(*args, **kwargs) if is_main_process() else None)
+
+    return on_rank_0
 
 
 def gather_rows(mine: Tensor, count: int, step: int = 1) -> Tensor | None:
@@ -78,20 +95,20 @@ def gather_rows(mine: Tensor, count: int, step: int = 1) -> Tensor | None:
 
     Received into their places: the peak is all rows and this rank's own once more.
     """
-    if my_rank():
+    if get_rank():
         if len(mine):
             dist.send(mine, 0)
         return None
     rows = torch.empty(count, *mine.shape[1:], dtype=mine.dtype)
     rows[: len(mine)] = mine
-    for rank in range(1, world_size()):
+    for rank in range(1, get_world_size()):
         place = rank_slice(count, rank, step)
         if place:
             dist.recv(rows[place.start : place.stop], rank)
     return rows
 
 
-def cores_of_rank() -> int:
+def cores_per_rank() -> int:
     """The cores that this process may use, shared with the other ranks on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks_here())
+    return max(1, cores // local_world_size())

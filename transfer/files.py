@@ -10,12 +10,12 @@ import shutil
 import stat
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from transfer.console import UserError, reason_of, shown
+from transfer.console import UserError, os_reason, printable
 
 COPIES = 3.1  # of a checkpoint that a folder needs room for: the previous one, the old one and the new one; and figures
 
@@ -29,11 +29,11 @@ def open_regular(path: str | bytes | os.PathLike) -> io.BufferedReader:
 
 def load_untrusted(path: Path, mmap: bool = False) -> object:
     """What torch.save wrote: tensors and plain values. Raises UserError where it is damaged or holds more."""
-    name = shown(path)
+    name = printable(path)
     try:
         file = open_regular(path)
     except OSError as error:
-        raise UserError(f"{name}: {reason_of(error)}; name a file of weights") from None
+        raise UserError(f"{name}: {os_reason(error)}; name a file of weights") from None
     try:
         with file:
             if zipfile.is_zipfile(file):
@@ -78,25 +78,25 @@ def disk_errors(path: Path, temporary: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = "disk full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else reason_of(error)
-        raise UserError(f"{shown(path)}: {reason}; what was saved before is intact", status=1) from None
+        reason = "disk full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else os_reason(error)
+        raise UserError(f"{printable(path)}: {reason}; what was saved before is intact", status=1) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def previous_of(path: Path) -> Path:
+def backup_path(path: Path) -> Path:
     """Where the file that a run replaces is kept."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
-def keep_previous(path: Path) -> None:
+def backup(path: Path) -> None:
     """Let a file be found under another name too, before it is replaced: one generation.
 
     Raises UserError (status 1) as `save_atomically` does.
     """
     if path.exists():
-        previous = previous_of(path)
+        previous = backup_path(path)
         temporary = path.with_name(f".{previous.name}.{os.getpid()}.tmp")
         with disk_errors(previous, temporary):
             try:
@@ -113,32 +113,54 @@ def save_tensors(path: Path, content: object) -> None:
     save_atomically(path, buffer.getbuffer())
 
 
+def history_path(checkpoint: Path) -> Path:
+    """The CSV beside a checkpoint, with a row per epoch."""
+    return checkpoint.parent / f"{checkpoint.stem}.csv"
+
+
 def outputs_of(path: Path, lists: Sequence[Path]) -> list[Path]:
     """All that a run writes for a checkpoint of this name, and lists beside it."""
-    return [saved for each in (path, path.with_suffix(".csv"), *lists) for saved in (each, previous_of(each))]
+    return [saved for each in (path, history_path(path), *lists) for saved in (each, backup_path(each))]
 
 
-def check_outputs(flag: str, outputs: Sequence[Path], inputs: Iterable[str | bytes | os.PathLike]) -> None:
-    """Raises UserError where an output would replace an input, or is there and no regular file."""
-    there = {}
-    for path in outputs:
+def free_space(flag: str, path: Path, fix: str) -> int:
+    """The bytes that are free in the folder that a file is to be written in. Raises UserError where none can be."""
+    folder = path.resolve().parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return shutil.disk_usage(folder).free
+    except OSError as error:
+        why = f"can't write in {printable(path.parent)} ({os_reason(error)})"
+        raise UserError(f"{flag} {printable(path)}: {why}; {fix}") from None
+
+
+def check_outputs(outputs: Sequence[tuple[str, Path]], inputs: Iterable[str | bytes | os.PathLike]) -> None:
+    """Raises UserError where an output, a flag and a path, would replace another or an input, or is no regular file."""
+    there, written, named = {}, set(), {}
+    for flag, path in outputs:
+        given = named.setdefault(flag, path)  # its first output is the one that the user named
+        if path.resolve() in written:
+            both = f"{flag} {printable(given)}: {printable(path)}"
+            raise UserError(f"{both} is written by this run already; name another file")
+        written.add(path.resolve())
         if path.exists():
             if not path.is_file():
                 what = "is a directory; name a file" if path.is_dir() else "not a regular file; name another"
-                raise UserError(f"{flag} {shown(path)}: {what}")
+                raise UserError(f"{flag} {printable(path)}: {what}")
             info = path.stat()
-            there[info.st_dev, info.st_ino] = path
+            there[info.st_dev, info.st_ino] = flag, path
     for given in inputs if there else ():
         with contextlib.suppress(OSError):  # what is not there can't be overwritten
             info = os.stat(given)
-            if path := there.get((info.st_dev, info.st_ino)):
-                raise UserError(f"{flag} {shown(path)}: is read by this run; name another file to write")
+            if found := there.get((info.st_dev, info.st_ino)):
+                flag, path = found
+                raise UserError(f"{flag} {printable(path)}: is read by this run; name another file to write")
 
 
 def prepare_outputs(
-    path: Path,
+    out: Path,
     size: int,
-    inputs: Callable[[], Iterable[str | bytes | os.PathLike]],
+    inputs: Iterable[str | bytes | os.PathLike],
     *,
     cache: Path | None = None,
     audit: Path | None = None,
@@ -147,30 +169,25 @@ def prepare_outputs(
     """Check that a checkpoint of so many bytes, an audit and lists can be saved there, over none of the inputs, and
     features kept; sweep what a killed run left. Raises UserError.
     """
-    name, folder = shown(path), path.resolve().parent
-    if path.is_dir():
-        raise UserError(f"--out {name}: is a directory; name a file, such as {shown(path / 'best.pth')}")
-    if path.suffix == ".csv":
+    name = printable(out)
+    if out.is_dir():
+        raise UserError(f"--out {name}: is a directory; name a file, such as {printable(out / 'best.pth')}")
+    if out.suffix == ".csv":
         raise UserError(f"--out {name}: the .csv beside the checkpoint has this name; end it in .pth")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            free = shutil.disk_usage(folder).free
-        for saved in outputs_of(path, lists):
-            for stale in saved.resolve().parent.glob(f".{glob.escape(saved.resolve().name)}.*.tmp"):
-                stale.unlink(missing_ok=True)
-    except OSError as error:
-        why = f"can't write in {shown(path.parent)} ({reason_of(error)})"
-        raise UserError(f"--out {name}: {why}; name another folder") from None
+    free = free_space("--out", out, "name another folder")
+    for saved in outputs_of(out, lists):
+        for stale in saved.resolve().parent.glob(f".{glob.escape(saved.resolve().name)}.*.tmp"):
+            with contextlib.suppress(OSError):
+                stale.unlink()
     try:
         if cache:
             cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--cache {shown(cache)}: {reason_of(error)}; name a folder") from None
+        raise UserError(f"--cache {printable(cache)}: {os_reason(error)}; name a folder") from None
     if free < (need := int(COPIES * size)):
         raise UserError(f"--out {name}: disk full ({free >> 20} MB free, {need >> 20} needed); free some space")
-    check_outputs("--out", outputs_of(path, lists), inputs())
-    if audit:
-        check_target("--audit", with_table(audit), inputs(), outputs_of(path, lists))
+    outputs = [("--out", path) for path in outputs_of(out, lists)]
+    check_outputs([*outputs, *(page_outputs("--audit", audit) if audit else [])], inputs)
 
 
 def with_table(page: Path) -> list[Path]:
@@ -178,21 +195,7 @@ def with_table(page: Path) -> list[Path]:
     return [page, page.with_suffix(".csv")]
 
 
-def check_target(
-    flag: str, outputs: Sequence[Path], inputs: Iterable[str | bytes | os.PathLike], others: Sequence[Path] = ()
-) -> None:
-    """Raises UserError where a page, and what lies beside it, can't be written, would replace one of the inputs, or one
-    of the run's other outputs.
-    """
-    page = outputs[0]
-    try:
-        with tempfile.TemporaryFile(dir=page.parent):
-            pass
-    except OSError as error:
-        why = f"can't write in {shown(page.parent)} ({reason_of(error)})"
-        raise UserError(f"{flag} {shown(page)}: {why}; name a file in another folder") from None
-    written = {other.resolve() for other in others}
-    for number, path in enumerate(outputs):
-        if path.resolve() in written or path in outputs[:number]:
-            raise UserError(f"{flag} {shown(page)}: {shown(path)} is written by this run already; name another file")
-    check_outputs(flag, outputs, inputs)
+def page_outputs(flag: str, page: Path, table: bool = True) -> list[tuple[str, Path]]:
+    """What a flag that names a page writes, for `check_outputs`. Raises UserError where its folder can't be written."""
+    free_space(flag, page, "name a file in another folder")
+    return [(flag, path) for path in (with_table(page) if table else [page])]

@@ -1,21 +1,23 @@
-"""Fine-tuning: the network, optimiser and batches that the recipe's loop then trains."""
+"""Fine-tuning: the network, optimiser, scheduler and batches that the recipe's loop then trains."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset
 
-from transfer.backbone import PASS_BATCH, embed_in_order, inference_copy
+from transfer.backbone import PASS_BATCH, embed_dataset, inference_copy
 from transfer.console import Progress, UserError
 from transfer.device import Compute, free_memory
-from transfer.distributed import my_rank, rank_slice, ranks_here, world_size
-from transfer.lists import check_unread
+from transfer.distributed import get_rank, get_world_size, local_world_size, rank_slice
+from transfer.features import Split, Splits
+from transfer.lists import check_unreadable
+from transfer.training import Hyperparameters, Loaders
 
-UNFROZEN_FROM = {"layer4": 7, "layer3": 6, "all": 0}  # places among a ResNet's children
+UNFROZEN_FROM = {"layer4": 7, "layer3": 6, "all": 0}  # of the flag's STAGES, places among a ResNet's children
 WARM_UP = 0.2  # of all steps
 MEMORY_SHARE = 0.5  # of what is free, that maps may take
 
@@ -37,7 +39,7 @@ class Network(nn.Module):
 
 
 def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-    """Rates up in a line over a fifth of the steps, down to 0 along a cosine (Smith & Topin 2019).
+    """Rates rise linearly for a fifth of the steps, then fall to 0 along a cosine (Smith & Topin 2019).
 
     torch's OneCycleLR divides by zero where a fifth of the steps is one step (5 steps), and trains nothing in one.
     """
@@ -65,21 +67,24 @@ def unfreeze(model: nn.Module, stage: str, compute: Compute) -> tuple[nn.Module,
     if compute.device.type == "mps":
         network.to(memory_format=torch.contiguous_format)
     # No buffer changes while BatchNorm infers; and to broadcast them, ranks without an image would have to join in.
-    return trunk, DistributedDataParallel(network, broadcast_buffers=False) if world_size() > 1 else network
+    return trunk, DistributedDataParallel(network, broadcast_buffers=False) if get_world_size() > 1 else network
 
 
-def inner(network: nn.Module) -> nn.Module:
+def unwrap(network: nn.Module) -> nn.Module:
     """The network itself, where DistributedDataParallel wraps it."""
     return network.module if isinstance(network, DistributedDataParallel) else network
 
 
-def keep_maps(trunk: nn.Module, dataset: Dataset, rows: Tensor, compute: Compute) -> Tensor:
-    """What the trunk gives for all V views of n images: (n, V, C, H, W), in its dtype, in main memory."""
-    kept, done, views = None, 0, len(dataset.views)
-    progress = Progress(f"{dataset.listed.name} again:", len(rows))
-    how = {"compute": compute, "batch_size": PASS_BATCH[compute.device.type] // views, "per_image": views}
-    for indices, maps, bad in embed_in_order(trunk, dataset, rows.tolist(), **how):
-        check_unread(dataset.listed, bad, tolerated=0)  # the pass could read it
+def compute_feature_maps(trunk: nn.Module, split: Split, compute: Compute) -> Tensor:
+    """What the trunk gives for all V views of a split's n images: (n, V, C, H, W), in its dtype, in main memory."""
+    dataset, rows, views = split.dataset, split.features.rows.tolist(), len(split.dataset.views)
+    kept, done = None, 0
+    progress = Progress(f"{dataset.image_list.name} again:", len(rows))
+    batch_size = PASS_BATCH[compute.device.type] // views
+    for indices, maps, bad in embed_dataset(
+        trunk, dataset, rows, compute=compute, batch_size=batch_size, per_image=views
+    ):
+        check_unreadable(dataset.image_list, bad, max_unreadable=0)  # the pass could read it
         if kept is None:
             channels, height, width = maps.shape[-3:]
             # Stored as (n, V, H, W, C): any choice of maps is in channels_last order without a copy of its own.
@@ -90,88 +95,120 @@ def keep_maps(trunk: nn.Module, dataset: Dataset, rows: Tensor, compute: Compute
     return kept
 
 
-def map_bytes(trunk: nn.Module, dataset: Dataset, rows: Tensor, compute: Compute) -> int:
-    """What keeping the maps of these images would take, measured on the first."""
+def feature_map_bytes(trunk: nn.Module, split: Split, compute: Compute) -> int:
+    """What keeping the feature maps of a split would take, measured on its first image."""
+    rows = split.features.rows
     if not len(rows):
         return 0
-    _, maps, _ = next(embed_in_order(trunk, dataset, rows[:1].tolist(), compute=compute, batch_size=1))
+    _, maps, _ = next(embed_dataset(trunk, split.dataset, rows[:1].tolist(), compute=compute, batch_size=1))
     return maps.numel() * maps.element_size() * len(rows)
 
 
-def batches_by_turns(
-    trunk: nn.Module, dataset: Dataset, rows: Tensor, *, compute: Compute, batch_size: int, keep: bool
-) -> Callable[[Tensor, int], Iterator[tuple[Tensor, Tensor]]]:
-    """A function of an order of the rows and an epoch, which gives (maps, labels) batch by batch, on the device: image
-    i in view i + epoch modulo V. The maps are kept, or computed anew each time.
+class FeatureMapLoader:
+    """Batches (feature maps, labels) of a split on the device, as a DataLoader gives them: image i in its view number
+    i + epoch modulo V, with shuffle_seed in a new order each time. The maps are kept, or computed anew each time.
     """
-    views, labels = len(dataset.views), dataset.listed.labels
-    kept = keep_maps(trunk, dataset, rows, compute) if keep and len(rows) else None
 
-    def from_kept(order: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for places in order.split(batch_size):
-            chosen = rows[places]
-            yield kept[places, (chosen + epoch) % views].to(compute.device), labels[chosen].to(compute.device)
+    def __init__(
+        self,
+        trunk: nn.Module,
+        split: Split,
+        *,
+        compute: Compute,
+        batch_size: int,
+        keep: bool,
+        shuffle_seed: int | None = None,
+    ):
+        self.trunk, self.dataset, self.rows = trunk, split.dataset, split.features.rows
+        self.compute, self.batch_size, self.epoch = compute, batch_size, 0
+        self.generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
+        self.kept = compute_feature_maps(trunk, split, compute) if keep and len(self.rows) else None
 
-    def anew(order: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        turned = [dataset.views[(place + epoch) % views] for place in range(views)]
-        shown = dataset.drawn(turned, by_turns=True)
-        for indices, maps, bad in embed_in_order(
-            trunk, shown, rows[order].tolist(), compute=compute, batch_size=batch_size
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        count = len(self.rows)
+        order = torch.randperm(count, generator=self.generator) if self.generator else torch.arange(count)
+        return self.compute_anew(order) if self.kept is None else self.from_kept(order)
+
+    def from_kept(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        device, labels = self.compute.device, self.dataset.image_list.labels
+        for places in order.split(self.batch_size):
+            rows = self.rows[places]
+            views = (rows + self.epoch) % len(self.dataset.views)
+            yield self.kept[places, views].to(device), labels[rows].to(device)
+
+    def compute_anew(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        device, labels, views = self.compute.device, self.dataset.image_list.labels, self.dataset.views
+        turned = [views[(place + self.epoch) % len(views)] for place in range(len(views))]
+        dataset, rows = replace(self.dataset, views=turned, one_view_each=True), self.rows[order].tolist()
+        for indices, maps, bad in embed_dataset(
+            self.trunk, dataset, rows, compute=self.compute, batch_size=self.batch_size
         ):
-            check_unread(dataset.listed, bad, tolerated=0)
+            check_unreadable(self.dataset.image_list, bad, max_unreadable=0)
             # Cloned outside inference mode, so that they can take part in a graph.
-            yield maps.clone().to(compute.device), labels[indices].to(compute.device)
-
-    return anew if kept is None else from_kept
+            yield maps.clone().to(device), labels[indices].to(device)
 
 
-def prepare(
-    model: nn.Module,
-    start: dict[str, Tensor],
-    train: tuple[Dataset, Tensor],
-    val: tuple[Dataset, Tensor],
-    *,
-    stage: str,
-    epochs: int,
-    rates: tuple[float, float],
-    batch_size: int,
-    seed: int,
-    compute: Compute,
-) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[int], Iterator], Callable[[], Iterator]]:
-    """What trains the last stages with the head: network, optimiser, an epoch's batches, the evaluation's batches.
+@dataclass(frozen=True)
+class FineTuning:
+    """What trains the last stages with the head: the scheduler makes a step per batch."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    loaders: Loaders
+    device: torch.device
+
+
+def rank_share(train: Split, val: Split) -> tuple[Split, Split]:
+    """This rank's images: equally many to train on, since ranks must make the same number of steps.
+
+    Raises UserError.
+    """
+    world, rows, val_rows = get_world_size(), train.features.rows, val.features.rows
+    if len(rows) < world:
+        raise UserError(f"{world} ranks have {len(rows)} images to fine-tune on; run fewer ranks")
+    rows = rows[get_rank() :: world][: len(rows) // world]
+    val_rows = val_rows[torch.tensor(rank_slice(len(val_rows)), dtype=torch.int64)]
+    train_views, val_views = replace(train.dataset, views=[0, 1]), replace(val.dataset, views=[0])
+    return Split(train_views, train.features.only(rows)), Split(val_views, val.features.only(val_rows))
+
+
+def prepare_finetuning(
+    model: nn.Module, early_head: dict[str, Tensor], splits: Splits, hparams: Hyperparameters, *, compute: Compute
+) -> FineTuning:
+    """The network from the unfrozen stages on, and what trains it.
 
     The trunk before the stages stays frozen, outside the graph; what it gives for the evaluation view and its mirror
     image, which come by turns, never changes, and is kept where it fits into memory.
-    start: the head's state, that of an early epoch: a random head's gradients would spoil the features (LP-FT, Kumar
-    et al. 2022), and one that knows its training images by heart has none left (measured: 1.7 points less).
-    train, val: a `train.Views` and the rows of it that are meant; rates: the peaks, of the stages and of the head.
-    Under torchrun each rank has images of its own, equally many. Raises UserError.
+    early_head: the head's state after a few epochs: a random head's gradients would spoil the features (LP-FT, Kumar
+    et al. 2022), and one that fits its training images perfectly has none left (measured: 1.7 points less).
+    Under torchrun each rank has images of its own. Raises UserError.
     """
-    (train_views, train_rows), (val_views, val_rows) = train, val
-    world = world_size()
-    if len(train_rows) < world:
-        raise UserError(f"{world} ranks have {len(train_rows)} images to fine-tune on; run fewer ranks")
-    model.cpu().fc.load_state_dict(start)
-    trunk, network = unfreeze(model, stage, compute)
-    parts = zip((inner(network).tail, inner(network).head), rates, strict=True)
-    optimizer = torch.optim.Adam([{"params": part.parameters(), "lr": lr} for part, lr in parts])
-    # Ranks must make the same number of steps.
-    mine = train_rows[my_rank() :: world][: len(train_rows) // world]
-    val_mine = val_rows[torch.tensor(rank_slice(len(val_rows)), dtype=torch.int64)]
-    need = sum(map_bytes(trunk, *each, compute) for each in ((train_views, mine), (val_views, val_mine)))
-    free = free_memory() // ranks_here()
+    train, val = rank_share(splits.train, splits.val)
+    model.cpu().fc.load_state_dict(early_head)
+    trunk, network = unfreeze(model, hparams.unfreeze, compute)
+    tail, head = unwrap(network).tail, unwrap(network).head
+    # The head's rate: a fifth of what it was trained with before.
+    groups = [
+        {"params": tail.parameters(), "lr": hparams.finetune_lr},
+        {"params": head.parameters(), "lr": hparams.lr / 5},
+    ]
+    optimizer = torch.optim.Adam(groups)
+    need = feature_map_bytes(trunk, train, compute) + feature_map_bytes(trunk, val, compute)
+    free = free_memory() // local_world_size()
     keep = need < MEMORY_SHARE * free
     where = "in memory" if keep else "not kept, but computed anew in each epoch"
-    print(f"finetune  {stage}; maps of {need / 1e9:.1f} GB {where} ({free / 1e9:.1f} GB free)", flush=True)
-    how = {"compute": compute, "batch_size": max(1, batch_size // world), "keep": keep}
-    train_batches = batches_by_turns(trunk, train_views, mine, **how)
-    val_batches = batches_by_turns(trunk, val_views, val_mine, **how)
-    schedule = one_cycle(optimizer, epochs * math.ceil(len(mine) / how["batch_size"]))
-    shuffle = torch.Generator().manual_seed(seed)
-
-    def scheduled(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in train_batches(torch.randperm(len(mine), generator=shuffle), epoch):
-            yield batch
-            schedule.step()  # whoever asks for the next batch has made a step on this one
-
-    return network, optimizer, scheduled, lambda: val_batches(torch.arange(len(val_mine)), 0)
+    print(f"finetune  {hparams.unfreeze}; maps of {need / 1e9:.1f} GB {where} ({free / 1e9:.1f} GB free)", flush=True)
+    batch_size = max(1, hparams.batch_size // get_world_size())
+    loaders = Loaders(
+        FeatureMapLoader(trunk, train, compute=compute, batch_size=batch_size, keep=keep, shuffle_seed=hparams.seed),
+        FeatureMapLoader(trunk, val, compute=compute, batch_size=batch_size, keep=keep),
+    )
+    scheduler = one_cycle(optimizer, hparams.finetune_epochs * len(loaders.train))
+    return FineTuning(network, optimizer, scheduler, loaders, compute.device)

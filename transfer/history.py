@@ -1,89 +1,122 @@
-"""What a run says of itself: its header, then the epochs' figures, a line each on stdout and a row each in the CSV."""
+"""History: what a run prints of itself, its header and a line per epoch, and the CSV with a row per epoch."""
 
 import csv
 import io
 import math
-from collections.abc import Sequence
+import time
 from pathlib import Path
 
-from transfer.checkpoint import replaced_by
-from transfer.console import shown
+from transfer.checkpoint import describe_existing
+from transfer.console import predict_command, printable, warn
+from transfer.data import Data
 from transfer.device import Compute
-from transfer.distributed import my_rank
-from transfer.files import previous_of, save_atomically
-from transfer.lists import ImageList
+from transfer.distributed import is_main_process
+from transfer.features import Splits
+from transfer.files import backup_path, history_path, save_atomically
+from transfer.metrics import Metrics
+from transfer.pretrained import Pretrained
 
 UNEVEN = 10  # times the images of the smallest class, beyond which the largest one calls for --balance
 
 
-def print_header(
-    compute: Compute,
-    backbone: str,
-    train: ImageList,
-    test: ImageList | None,
-    names: Sequence[str],
-    chosen_on: str,
-    out: Path,
-    balanced: bool,
-) -> None:
+def print_header(compute: Compute, pretrained: Pretrained, data: Data, history: "History") -> None:
+    """What the run computes on, starts from, trains on, and will replace."""
+    warn(*pretrained.warnings)
+    num_classes = len(data.classes)
     print(f"device    {compute.device}, {compute.precision}")
-    print(f"backbone  {backbone}")
-    if test:
-        print(f"data      {len(train):,} training and {len(test):,} test images of {len(names)} classes")
+    print(f"backbone  {pretrained.description}")
+    if data.test:
+        print(f"data      {len(data.train):,} training and {len(data.test):,} test images of {num_classes} classes")
     else:
-        print(f"data      {len(train):,} images of {len(names)} classes; a fifth of each is held out to test on")
-    counts = [(count, label) for label, count in enumerate(train.labels.bincount().tolist()) if count]
-    if max(counts)[0] > UNEVEN * min(counts)[0] and not balanced:
-        few, many = (f"{count:,} of {shown(names[label])}" for count, label in (min(counts), max(counts)))
+        print(f"data      {len(data.train):,} images of {num_classes} classes; a fifth of each is held out to test on")
+    counts = [(count, label) for label, count in enumerate(data.train.labels.bincount().tolist()) if count]
+    if max(counts)[0] > UNEVEN * min(counts)[0] and not history.balanced:
+        few, many = (f"{count:,} of {printable(data.classes[label])}" for count, label in (min(counts), max(counts)))
         print(f"          {few}, {many}: --balance weighs all classes alike")
-    print(f"best      epoch chosen on {chosen_on}", flush=True)
-    if old := replaced_by(out):
-        print(f"replaces  {old}; kept as {shown(previous_of(out))}", flush=True)
+    print(f"best      epoch chosen on {data.chosen_on}", flush=True)
+    if existing := describe_existing(history.checkpoint):
+        print(f"replaces  {existing}; kept as {printable(backup_path(history.checkpoint))}", flush=True)
+
+
+def run_metadata(flags: dict, data: Data, pretrained: Pretrained, splits: Splits, *, compute: Compute) -> dict:
+    """What all checkpoints of a run hold about it."""
+    return {
+        "classes": data.classes,
+        "arch": flags["arch"],
+        "backbone": pretrained.description,
+        "chosen_on": data.chosen_on,
+        "recipe": {flag: value for flag, value in flags.items() if isinstance(value, int | float | str)},
+        "device": compute.device.type,
+        "precision": compute.precision,
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "train_images": len(splits.train.features.rows),
+        "test_images": len(splits.test.dataset),
+    }
+
+
+def print_result(history: "History", data: Data, pretrained: Pretrained, start_time: float) -> None:
+    """Where the checkpoint is, and what it scored."""
+    warn(*pretrained.warnings)
+    seconds = time.perf_counter() - start_time
+    print(f"saved     {printable(history.checkpoint)} and {printable(history.path)} in {seconds:.1f} s")
+    print(
+        f"best      {history.val_name} {history.describe(history.best)}, epoch {history.best_epoch} ({data.chosen_on})"
+    )
+
+
+def print_next(data: Data, checkpoint: Path, audited: bool) -> None:
+    """What to run next: the command that shows what the model gets wrong."""
+    print(f"next      {predict_command(data.test_path, checkpoint, data.root)}")
+    if not audited:
+        print("          or again with --audit audit.html: labels that look wrong, copies, outliers")
 
 
 class History:
     """The epochs so far, and which was the best. Rank 0 alone prints and writes.
 
-    chooser: test or val, after the list that chooses the epoch.
+    val_name: test or val, after the images that choose the epoch; balanced: they choose it by macro recall.
     """
 
-    def __init__(self, out: Path, chooser: str, balanced: bool = False):
-        self.path, self.chooser, self.balanced = out.with_suffix(".csv"), chooser, balanced
-        columns = ("epoch", "train_loss", "train_accuracy", f"{chooser}_loss", f"{chooser}_accuracy")
-        self.rows = [(*columns, *([f"{chooser}_recall"] if balanced else []), "lr", "best")]
-        self.best_epoch, self.best = 0, (-math.inf, -math.inf)
+    def __init__(self, checkpoint: Path, val_name: str, balanced: bool = False):
+        self.checkpoint, self.path = checkpoint, history_path(checkpoint)
+        self.val_name, self.balanced = val_name, balanced
+        columns = ("epoch", "train_loss", "train_accuracy", f"{val_name}_loss", f"{val_name}_accuracy")
+        self.rows = [(*columns, *([f"{val_name}_recall"] if balanced else []), "lr", "best")]
+        self.best_epoch, self.best = 0, Metrics(math.inf, -math.inf, -math.inf)
 
-    def judged(self, val: tuple[float, float, float]) -> float:
-        """Of loss, accuracy and macro recall the one that chooses the epoch."""
-        return val[2 if self.balanced else 1]
+    def score(self, val: Metrics) -> float:
+        """The one of an epoch's metrics that chooses the best, and that the learning rate follows."""
+        return val.macro_recall if self.balanced else val.accuracy
 
-    def is_best(self, val: tuple[float, float, float]) -> bool:
-        return self.judged(val) > self.judged((0.0, *self.best))
+    def is_best(self, val: Metrics) -> bool:
+        return self.score(val) > self.score(self.best)
 
-    def said(self, figures: tuple[float, float]) -> str:
+    def describe(self, metrics: Metrics) -> str:
         """Accuracy and, where classes are to count alike, macro recall, in words."""
-        return f"accuracy {figures[0]:.2%}" + (f", macro recall {figures[1]:.2%}" if self.balanced else "")
+        return f"accuracy {metrics.accuracy:.2%}" + (
+            f", macro recall {metrics.macro_recall:.2%}" if self.balanced else ""
+        )
 
-    def add(self, epoch: int, trained: tuple[float, ...], val: tuple[float, float, float], lr: float) -> None:
-        """trained, val: loss, accuracy, macro recall. Raises UserError (status 1) where the disk is full or fails."""
+    def add(self, epoch: int, train: Metrics, val: Metrics, lr: float) -> None:
+        """Print and write an epoch. Raises UserError (status 1) where the disk is full or fails."""
         best = self.is_best(val)
         if best:
-            self.best_epoch, self.best = epoch, val[1:]
-        told = val if self.balanced else val[:2]
-        self.rows.append((epoch, *trained[:2], *told, lr, int(best)))
-        if my_rank():
+            self.best_epoch, self.best = epoch, val
+        shown = val if self.balanced else val[:2]
+        self.rows.append((epoch, train.loss, train.accuracy, *shown, lr, int(best)))
+        if not is_main_process():
             return
         if epoch == 1:
-            recall = f"  {self.chooser + ' recall':>11}" if self.balanced else ""
-            heads = f"{self.chooser + ' loss':>9}  {self.chooser + ' acc':>8}{recall}"
+            recall = f"  {self.val_name + ' recall':>11}" if self.balanced else ""
+            heads = f"{self.val_name + ' loss':>9}  {self.val_name + ' acc':>8}{recall}"
             print(f"epoch  train loss  train acc  {heads}        lr")
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(self.rows)
         save_atomically(self.path, text.getvalue().encode())
-        figures = f"{epoch:5d}  {trained[0]:10.4f}  {trained[1]:9.2%}  {val[0]:9.4f}  {val[1]:8.2%}"
-        figures += f"  {val[2]:11.2%}  {lr:.6f}" if self.balanced else f"  {lr:.6f}"
+        figures = f"{epoch:5d}  {train.loss:10.4f}  {train.accuracy:9.2%}  {val.loss:9.4f}  {val.accuracy:8.2%}"
+        figures += f"  {val.macro_recall:11.2%}  {lr:.6f}" if self.balanced else f"  {lr:.6f}"
         print(f"{figures}{'  best' if best else ''}", flush=True)
 
-    def rates(self) -> list[float]:
+    def lrs(self) -> list[float]:
         """The learning rate of each epoch up to the best one."""
         return [row[-2] for row in self.rows[1 : self.best_epoch + 1]]

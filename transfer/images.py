@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageChops, ImageOps, features
 
-from transfer.console import reason_of, shown
+from transfer.console import os_reason, printable
 from transfer.files import open_regular
 
 DRAFT_SIZE = (600, 600)  # a JPEG is decoded at an eighth, a quarter or half its size where that is no smaller
@@ -17,7 +17,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # MPO ope
 CANVASES = {"WEBP": 3, "AVIF": 3}  # that a decoder holds at once, of a still image too, where more than one
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".mpo", ".avif"),
-    *(".heic", ".heif"),  # not read, but told of
+    *(".heic", ".heif"),  # not read, but named
 )
 
 
@@ -31,7 +31,7 @@ def read_image(path: str | bytes | os.PathLike) -> Image.Image:
         with open_regular(path) as file:
             return decode_image(file)
     except OSError as error:
-        raise ImageError(reason_of(error)) from None
+        raise ImageError(os_reason(error)) from None
 
 
 def decode_image(file: io.BufferedIOBase) -> Image.Image:
@@ -66,7 +66,7 @@ def decode_image(file: io.BufferedIOBase) -> Image.Image:
         bomb = isinstance(error, Image.DecompressionBombError)
         raise ImageError(f"over the limit of {MAX_PIXELS:,} pixels" if bomb else "not an image") from None
     except Exception as error:
-        raise ImageError(f"damaged ({shown(str(error)) or type(error).__name__})") from None
+        raise ImageError(f"damaged ({printable(str(error)) or type(error).__name__})") from None
 
 
 def upright(image: Image.Image) -> Image.Image:

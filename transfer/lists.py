@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transfer.console import SHOWN_PROBLEMS, UserError, counted, first_ten, first_three, reason_of, shown, warn
+from transfer.console import SHOWN_PROBLEMS, UserError, first_three, os_reason, plural, printable, summarise, warn
 
 SLICE = 10_000  # paths that are taken apart at a time
 MAX_CLASSES = 100_000  # beyond this a label is a slip of the pen, and its head would not fit
@@ -21,7 +21,7 @@ class ImageList:
     """A parsed list of n images. Tensors rather than objects, so that workers share one copy.
 
     text: all paths as bytes, joined by newlines; ends: (n,) where each ends in it;
-    labels: (n,) from 0; lines: (n,) line numbers in the list file `name`; names: of the classes, where the list is a
+    labels: (n,) from 0; lines: (n,) line numbers in the list file `name`; classes: their names, where the list is a
     folder of class folders.
     """
 
@@ -31,7 +31,7 @@ class ImageList:
         self.ends = torch.tensor([len(path) + 1 for path in paths], dtype=torch.int64).cumsum(0) - 1
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.lines = torch.tensor(lines, dtype=torch.int32)
-        self.names = []
+        self.classes = []
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,8 +57,8 @@ class ImageList:
         return ImageList(self.name, chosen, self.labels[rows].tolist(), self.lines[rows].tolist())
 
     def where(self, index: int) -> str:
-        place = "" if self.names else f"{self.name}:{self.lines[index]}: "  # a folder has no lines
-        return f"{place}{shown(self.path(index))}"
+        place = "" if self.classes else f"{self.name}:{self.lines[index]}: "  # a folder has no lines
+        return f"{place}{printable(self.path(index))}"
 
 
 def file_problem(path: bytes) -> str | None:
@@ -66,7 +66,7 @@ def file_problem(path: bytes) -> str | None:
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        return "no such image" if isinstance(error, FileNotFoundError) else reason_of(error)
+        return "no such image" if isinstance(error, FileNotFoundError) else os_reason(error)
     if stat.S_ISDIR(mode):
         return "is a directory, not an image"
     # One more system call only where the mode does not already say that everybody may read.
@@ -84,7 +84,7 @@ def missing_hint(path: bytes, list_path: Path) -> str:
     if b"\\" in path and os.path.exists(path.replace(b"\\", b"/")):
         return "write / instead of \\"
     if os.path.exists(os.path.join(os.fsencode(list_path.parent), path)):
-        return f"it lies beside the list: add --root {shown(list_path.parent)}"
+        return f"it lies beside the list: add --root {printable(list_path.parent)}"
     return "paths are relative to the working directory, or to --root DIR"
 
 
@@ -92,17 +92,17 @@ class ListsError(UserError):
     """All that is wrong in the lists: the first ten problems and their number."""
 
     def __init__(self, problems: Sequence[str]):
-        total = f"{counted(len(problems), 'problem')} in the lists"
-        super().__init__(*first_ten(problems, total, "mend them and run again"))
+        total = f"{plural(len(problems), 'problem')} in the lists"
+        super().__init__(*summarise(problems, total, "mend them and run again"))
 
 
 def read_text(path: Path) -> bytes:
     """A text file's bytes, known to be UTF-8, without BOM. Raises UserError."""
-    name = shown(path)
+    name = printable(path)
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{name}: {reason_of(error)}; name an existing text file") from None
+        raise UserError(f"{name}: {os_reason(error)}; name an existing text file") from None
 
     def line_of(at: int) -> int:
         return raw.count(b"\n", 0, at) + 1
@@ -127,9 +127,9 @@ def label_problem(fields: Sequence[bytes]) -> str | None:
         comma = b"," in label or b";" in label
         return f"no label; separate path and label by {'a space, not a comma' if comma else 'white space'}"
     if not label.isdigit():  # of bytes: ASCII digits alone
-        return f"label '{shown(label)}' is not a whole number; number the classes 0, 1, 2, ..."
+        return f"label '{printable(label)}' is not a whole number; number the classes 0, 1, 2, ..."
     if len(label) > 18 or int(label) >= MAX_CLASSES:
-        return f"label {shown(label)[:24]} is not below {MAX_CLASSES:,}; number the classes 0, 1, 2, ..."
+        return f"label {printable(label)[:24]} is not below {MAX_CLASSES:,}; number the classes 0, 1, 2, ..."
     return None
 
 
@@ -139,7 +139,7 @@ def read_list(list_path: Path, root: Path, check_files: bool = True) -> tuple[Im
 
     Lines are bytes until they are shown: no locale has a say in them.
     """
-    name, prefix = shown(list_path), b"" if root == Path() else os.path.join(os.fsencode(root), b"")
+    name, prefix = printable(list_path), b"" if root == Path() else os.path.join(os.fsencode(root), b"")
     paths, labels, lines, problems = [], [], [], []
     seen = {}  # path: its place in the list
     repeats = 0
@@ -158,23 +158,23 @@ def read_list(list_path: Path, root: Path, check_files: bool = True) -> tuple[Im
             repeats += 1
             if labels[earlier] != label:
                 both = f"label {label} here and {labels[earlier]} on line {lines[earlier]}"
-                problems.append(f"{name}:{number}: {shown(entry)} has {both}; keep one of the two")
+                problems.append(f"{name}:{number}: {printable(entry)} has {both}; keep one of the two")
             continue
         if check_files and (problem := file_problem(path)):
             hint = missing_hint(entry, list_path) if problem == "no such image" else "mend or remove the line"
-            problems.append(f"{name}:{number}: {shown(entry)}: {problem}; {hint}")
+            problems.append(f"{name}:{number}: {printable(entry)}: {problem}; {hint}")
         paths.append(path)
         labels.append(label)
         lines.append(number)
     if not paths and not problems:
         problems.append(f"{name}:1: the list is empty; each line is: path, white space, label")
     if repeats:
-        warn(f"{name}: {counted(repeats, 'repeated line')} dropped")
+        warn(f"{name}: {plural(repeats, 'repeated line')} dropped")
     return ImageList(name, paths, labels, lines), problems
 
 
 def check_lists(train: ImageList, test: ImageList | None, problems: Sequence[str]) -> None:
-    """Raises UserError with the first of the problems that reading told of, and of those of both lists together."""
+    """Raises UserError with the first of the problems that reading found, and of those of both lists together."""
     problems = [*problems]
     known = torch.bincount(train.labels) if len(train) else torch.zeros(1)
     strange = ~torch.isin(test.labels, known.nonzero()) if test and len(train) else torch.zeros(0)
@@ -193,49 +193,57 @@ def check_lists(train: ImageList, test: ImageList | None, problems: Sequence[str
         warn(f"{train.name}: only one image has label {first_three(single)}: its class is learned by heart")
 
 
-def folders_by_label(listed: ImageList) -> dict[int, set[bytes]]:
+def folders_by_label(image_list: ImageList) -> dict[int, set[bytes]]:
     """The folders that images of each label lie in."""
     folders = defaultdict(set)
-    for path, label in zip(listed.each_path(), listed.labels.tolist(), strict=True):
+    for path, label in zip(image_list.each_path(), image_list.labels.tolist(), strict=True):
         folders[label].add(os.path.dirname(path))
     return folders
 
 
-def class_names(listed: ImageList, classes_path: Path | None) -> list[str]:
-    """One name a class: from the file, else from the folders where they tell the classes apart, else numbers.
+def class_names(image_list: ImageList, classes_path: Path | None) -> list[str]:
+    """One name per class: from the file, else from the folders where they differ by class, else numbers.
 
     The images' own folders, or those that lie in the one which all images share.
     """
-    classes = int(listed.labels.max()) + 1
+    num_classes = int(image_list.labels.max()) + 1
     if classes_path is not None:
         names = [line.strip() for line in read_text(classes_path).decode().splitlines() if line.strip()]
-        if len(names) != classes:
-            raise UserError(f"{shown(classes_path)}: {len(names)} names for {classes} classes; write one name a line")
+        if len(names) != num_classes:
+            raise UserError(
+                f"{printable(classes_path)}: {len(names)} names for {num_classes} classes; write one name a line"
+            )
         return names
-    if listed.names:
-        return list(listed.names)
-    folders, shared = folders_by_label(listed), b""
+    if image_list.classes:
+        return list(image_list.classes)
+    folders, shared = folders_by_label(image_list), b""
     with contextlib.suppress(ValueError):  # some paths are absolute and some are not
         shared = os.path.commonpath({folder for each in folders.values() for folder in each})
-    for name_of in (os.path.basename, lambda folder: folder[len(shared) :].strip(b"/").split(b"/")[0]):
+
+    def first_folder(folder: bytes) -> bytes:
+        return folder[len(shared) :].strip(b"/").split(b"/")[0]
+
+    for name_of in (os.path.basename, first_folder):
         found = {label: {name_of(folder) for folder in each} for label, each in folders.items()}
-        names = [os.fsdecode(next(iter(found[c]))) if len(found.get(c, ())) == 1 else "" for c in range(classes)]
-        if all(names) and len(set(names)) == classes:
+        names = [os.fsdecode(next(iter(found[c]))) if len(found.get(c, ())) == 1 else "" for c in range(num_classes)]
+        if all(names) and len(set(names)) == num_classes:
             return names
-    return [str(label) for label in range(classes)]
+    return [str(label) for label in range(num_classes)]
 
 
-def check_unread(listed: ImageList, unread: dict[int, str], tolerated: float, stopped: bool = False) -> None:
+def check_unreadable(
+    image_list: ImageList, unreadable: dict[int, str], max_unreadable: float, stopped: bool = False
+) -> None:
     """Warn of each image that could not be read. Raises UserError (status 1) where they are too many.
 
     stopped: the pass ends here, and what comes later in the list was not looked at.
     """
-    lines = [f"{listed.where(index)}: {reason}" for index, reason in sorted(unread.items())]
-    if len(lines) > tolerated or len(lines) == len(listed):
-        total = f"{listed.name}: {len(lines):,} of {len(listed):,} images can't be read"
+    lines = [f"{image_list.where(index)}: {reason}" for index, reason in sorted(unreadable.items())]
+    if len(lines) > max_unreadable or len(lines) == len(image_list):
+        total = f"{image_list.name}: {len(lines):,} of {len(image_list):,} images can't be read"
         if stopped:
-            total = f"{listed.name}: {len(lines):,} images can't be read, more than 1% of the list: stopped there"
-        fix = "convert, mend or remove them" if listed.names else "mend or remove these lines"
-        raise UserError(*first_ten(lines, total, fix), status=1)
+            total = f"{image_list.name}: {len(lines):,} images can't be read, more than 1% of the list: stopped there"
+        fix = "convert, mend or remove them" if image_list.classes else "mend or remove these lines"
+        raise UserError(*summarise(lines, total, fix), status=1)
     for line in lines[:SHOWN_PROBLEMS]:
         warn(f"{line}; skipped")

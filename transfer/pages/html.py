@@ -11,27 +11,27 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from transfer.console import shown
+from transfer.console import printable
 from transfer.images import ImageError, read_image
 
 THUMBNAIL = 112  # pixels of the longer side
 WIDTH, HEIGHT = 420, 270  # of a chart, in its own units; the page scales it
 LEFT, TOP, RIGHT, BOTTOM = 44, 38, 400, 230  # of a chart's plot
 NAME_WIDTH = 22  # letters of a class name beside a drawing
-STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 
 
 # Letters and numbers
 
 
-def plain(value: object) -> str:
+def escape(value: object) -> str:
     """Any value as text that is safe in HTML: names come from file systems, and may hold anything."""
-    return html.escape(shown(value if isinstance(value, bytes) else str(value)))
+    return html.escape(printable(value if isinstance(value, bytes) else str(value)))
 
 
 def number(value: object, form: str) -> str:
     """A figure in a format, the plain value where it is no number."""
-    return format(value, form) if isinstance(value, (int, float)) else plain(value)
+    return format(value, form) if isinstance(value, (int, float)) else escape(value)
 
 
 def letters(text: str) -> int:
@@ -41,7 +41,7 @@ def letters(text: str) -> int:
 
 def shortened(name: str, most: int = NAME_WIDTH) -> str:
     """A name that fits beside the matrix, shown in full where the pointer rests."""
-    text = shown(name)
+    text = printable(name)
     if letters(text) <= most:
         return text
     while letters(text) >= most:
@@ -60,19 +60,19 @@ def ticks(high: float, least: float = 0.0) -> list[float]:
 # Pieces of charts
 
 
-def drawing(width: float, height: float, label: str, body: str, attributes: str = "") -> str:
+def svg(width: float, height: float, label: str, body: str, *, attributes: str = "") -> str:
     """An SVG with its text alternative (plain text, escaped here)."""
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html.escape(label)}"{attributes}>{body}</svg>'
     )
 
 
-def letter(x: float, y: float, text: str, kind: str = "") -> str:
+def svg_text(x: float, y: float, text: str, kind: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{text}</text>'
 
 
-def rule(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<path class="{kind}" d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}"/>'
+def svg_line(start: tuple[float, float], end: tuple[float, float], kind: str) -> str:
+    return f'<path class="{kind}" d="M{start[0]:.1f} {start[1]:.1f}L{end[0]:.1f} {end[1]:.1f}"/>'
 
 
 def axes(across: Iterable[tuple[float, str]], up: Iterable[tuple[float, str]], name: str) -> str:
@@ -80,10 +80,10 @@ def axes(across: Iterable[tuple[float, str]], up: Iterable[tuple[float, str]], n
     parts = []
     for place, text in up:
         y = BOTTOM - place * (BOTTOM - TOP)
-        parts += [rule(LEFT, y, RIGHT, y, "grid"), letter(LEFT - 8, y + 4, text, "end")]
+        parts += [svg_line((LEFT, y), (RIGHT, y), "grid"), svg_text(LEFT - 8, y + 4, text, "end")]
     for place, text in across:
-        parts.append(letter(LEFT + place * (RIGHT - LEFT), BOTTOM + 18, text, "mid"))
-    parts += [rule(LEFT, BOTTOM, RIGHT, BOTTOM, "axis"), letter((LEFT + RIGHT) / 2, HEIGHT - 4, name, "mid")]
+        parts.append(svg_text(LEFT + place * (RIGHT - LEFT), BOTTOM + 18, text, "mid"))
+    parts += [svg_line((LEFT, BOTTOM), (RIGHT, BOTTOM), "axis"), svg_text((LEFT + RIGHT) / 2, HEIGHT - 4, name, "mid")]
     return "".join(parts)
 
 
@@ -91,6 +91,21 @@ def scroller(name: str, body: str, classes: int) -> str:
     """What is wider than a small screen scrolls by itself, by keyboard too; with many classes also up and down."""
     kind = "scroll tall" if classes > 40 else "scroll"
     return f'<div class="{kind}" tabindex="0" role="region" aria-label="{name}">{body}</div>'
+
+
+def class_table(key: str, heads: Sequence[str], rows: Iterable[tuple[str, float, Sequence[str]]], classes: int) -> str:
+    """A table of classes: for each its name, the share that its bar shows, and its other cells, safe in HTML.
+
+    heads: of the name and of the cells; classes: how many rows there are.
+    """
+    body = "".join(
+        f'<tr><td title="{escape(name)}">{escape(name)}</td><td class="bar"><span style="--share:{share:.1%}"></span>'
+        f"</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        for name, share, cells in rows
+    )
+    head = "".join(f'<th scope="col">{name}</th>' for name in (heads[0], "", *heads[1:]))
+    table = f'<table id="{key}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return scroller("Classes", table, classes)
 
 
 # Photos
@@ -101,7 +116,7 @@ def thumbnail(path: bytes, alt: str) -> str:
     try:
         image = read_image(path)
     except ImageError as error:
-        return f'<div class="image" role="img" aria-label="{plain(error)}">can’t be read</div>'
+        return f'<div class="image" role="img" aria-label="{escape(error)}">can’t be read</div>'
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82)

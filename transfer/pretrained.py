@@ -1,4 +1,4 @@
-"""The backbone's weights: found, and ImageNet's downloaded, once a machine."""
+"""Pretrained weights of the backbone: found, and ImageNet's downloaded, once per machine."""
 
 import contextlib
 import http.client
@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor
 from torch import distributed as dist
 from torchvision.models import get_model_weights
 
-from transfer.architectures import titled
+from transfer.architectures import arch_title
 from transfer.checkpoint import load_backbone
-from transfer.console import UserError, shown
-from transfer.distributed import local_rank, my_rank, world_size
+from transfer.console import UserError, printable
+from transfer.distributed import get_local_rank, get_rank, get_world_size
 
 BUNDLED_WEIGHTS = Path(__file__).resolve().parent.parent / "food" / "resnet18-grocery.pth"
 BUNDLED_ARCH = "resnet18"
@@ -41,8 +42,8 @@ def download_imagenet(arch: str) -> Path:
     path, url = imagenet_path(arch), imagenet_url(arch)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        if my_rank() == 0:
-            size, host = get_model_weights(arch).DEFAULT.meta["_file_size"], shown(urlsplit(url).netloc)
+        if get_rank() == 0:
+            size, host = get_model_weights(arch).DEFAULT.meta["_file_size"], printable(urlsplit(url).netloc)
             print(f"downloading ImageNet weights ({size:.0f} MB) from {host} ...", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
             part = Path(folder) / path.name
@@ -90,42 +91,52 @@ def get_imagenet(arch: str) -> str | None:
     with different backbones would make features of two kinds.
     """
     reason = None
-    if local_rank() in (None, 0):
+    if get_local_rank() in (None, 0):
         try:
             download_imagenet(arch)
         except DOWNLOAD_ERRORS as error:
-            reason = shown(str(getattr(error, "reason", error)))
-    reasons = [reason] * world_size()
+            reason = printable(str(getattr(error, "reason", error)))
+    reasons = [reason] * get_world_size()
     if dist.is_initialized():
         dist.all_gather_object(reasons, reason)
     return next(filter(None, reasons), None)
 
 
-def from_here(path: Path) -> str:
+def relative_path(path: Path) -> str:
     """A path as it may be printed: relative, or whole where it lies on another drive of Windows."""
     try:
-        return shown(os.path.relpath(path))
+        return printable(os.path.relpath(path))
     except ValueError:
-        return shown(path)
+        return printable(path)
 
 
-def find_weights(wish: str | None, arch: str) -> tuple[dict[str, Tensor] | None, str, list[str]]:
-    """The backbone of `--weights` and `--arch`, what it is in words, and what the user must know of it.
+class Pretrained(NamedTuple):
+    """A backbone's weights (None: random), what they are in words, and what the user must know of them."""
 
-    An explicit wish is never replaced; with none, the bundled backbone stands in for ImageNet's of its architecture.
-    Raises UserError.
+    state_dict: dict[str, Tensor] | None
+    description: str
+    warnings: list[str]
+
+
+def load_pretrained(weights: str | None, arch: str) -> Pretrained:
+    """The backbone of `--weights` and `--arch`. Under torchrun one rank per machine downloads ImageNet's.
+
+    What is named is never replaced; where nothing is, the bundled backbone stands in for ImageNet's of its
+    architecture. Raises UserError.
     """
-    name = titled(arch)
-    if wish == "none":
-        return None, f"{name}, random weights", []
-    if wish not in (None, "imagenet"):
-        return load_backbone(Path(wish), arch), f"{name}, {shown(wish)}", []
+    name = arch_title(arch)
+    if weights == "none":
+        return Pretrained(None, f"{name}, random weights", [])
+    if weights not in (None, "imagenet"):
+        return Pretrained(load_backbone(Path(weights), arch), f"{name}, {printable(weights)}", [])
     reason, path = get_imagenet(arch), imagenet_path(arch)
     if reason is None:
-        return load_backbone(path, arch), f"{name}, ImageNet ({get_model_weights(arch).DEFAULT})", []
-    fix = f"fetch {imagenet_url(arch)} elsewhere and put it at {shown(path)}, or give it as --weights FILE"
-    if wish == "imagenet" or arch != BUNDLED_ARCH:
+        description = f"{name}, ImageNet ({get_model_weights(arch).DEFAULT})"
+        return Pretrained(load_backbone(path, arch), description, [])
+    fix = f"fetch {imagenet_url(arch)} elsewhere and put it at {printable(path)}, or give it as --weights FILE"
+    if weights == "imagenet" or arch != BUNDLED_ARCH:
         raise UserError(f"ImageNet weights can't be downloaded ({reason}); {fix}")
-    bundled = from_here(BUNDLED_WEIGHTS)
+    bundled = relative_path(BUNDLED_WEIGHTS)
     caveat = f"no ImageNet weights ({reason}): using the bundled {bundled}, which is far weaker"
-    return load_backbone(BUNDLED_WEIGHTS, arch), f"{name}, {bundled} (bundled)", [caveat, f"for the real ones, {fix}"]
+    warnings = [caveat, f"for the real ones, {fix}"]
+    return Pretrained(load_backbone(BUNDLED_WEIGHTS, arch), f"{name}, {bundled} (bundled)", warnings)

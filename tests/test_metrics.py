@@ -1,4 +1,4 @@
-"""Scores: figures worked out by hand and by scikit-learn."""
+"""Metrics: figures worked out by hand and by scikit-learn."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
 from torch.nn import functional as F
 
-from transfer.scores import Scores, score_table, wilson
+from transfer.metrics import ClassificationScores, class_weights, classification_report, wilson_interval
 
 # Four classes by hand: apple 2 of 3 right, bean 1 of 2, corn 0 of 1 and never predicted, dill without images.
 LABELS = [0, 0, 0, 1, 1, 2]
@@ -21,16 +21,16 @@ NAMES = ["apple", "bean", "corn", "dill"]
 
 
 def scores_of(labels, predicted, classes=4):
-    scores = Scores(classes)
+    scores = ClassificationScores(classes)
     for label, guess in zip(labels, predicted, strict=True):
-        scores.add(label, F.one_hot(torch.tensor(guess), classes).float())
+        scores.update(label, F.one_hot(torch.tensor(guess), classes).float())
     return scores
 
 
 def confusion(scores):
     """Rows of true classes, columns of predicted ones."""
     counts = scores.hits.diag()
-    for (label, guess), count in scores.mistakes.items():
+    for (label, guess), count in scores.confusions.items():
         counts[label, guess] = count
     return counts.tolist()
 
@@ -48,7 +48,7 @@ def test_figures_are_those_worked_out_by_hand():
 
 
 def test_the_table_puts_the_worst_recall_first_and_macro_averages_last():
-    lines = score_table(scores_of(LABELS, PREDICTED), NAMES).splitlines()
+    lines = classification_report(scores_of(LABELS, PREDICTED), NAMES).splitlines()
     # Wilson of 3 of 6: 0.5 plus or minus 1.96 sqrt(0.25 / 6 + 0.98^2 / 6^2) / (1 + 3.8415 / 6). Top 3 holds ties.
     assert lines[0] == "accuracy   50.00%  3 of 6, 95% interval 18.8% to 81.2%"
     assert lines[1].startswith("top-3    ") and lines[2] == ""
@@ -64,13 +64,13 @@ def test_the_table_puts_the_worst_recall_first_and_macro_averages_last():
 
 
 def test_top_3_counts_images_whose_class_is_among_the_three_likeliest():
-    scores = Scores(5)
+    scores = ClassificationScores(5)
     probs = torch.tensor([0.3, 0.25, 0.2, 0.15, 0.1])
     for label in range(5):
-        scores.add(label, probs)
+        scores.update(label, probs)
     assert (scores.right, scores.in_top3, scores.top3) == (1, 3, 0.6)
-    two = Scores(2)
-    two.add(1, torch.tensor([0.9, 0.1]))
+    two = ClassificationScores(2)
+    two.update(1, torch.tensor([0.9, 0.1]))
     assert (two.accuracy, two.top3) == (0, 1)
 
 
@@ -87,8 +87,8 @@ def test_top_3_counts_images_whose_class_is_among_the_three_likeliest():
     ],
 )
 def test_intervals_are_wilsons(right, count, low, high):
-    assert wilson(right, count) == pytest.approx((low, high), abs=5e-5)
-    mirrored = wilson(count - right, count)
+    assert wilson_interval(right, count) == pytest.approx((low, high), abs=5e-5)
+    mirrored = wilson_interval(count - right, count)
     assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
     assert all(0 <= end <= 1 for end in mirrored)
 
@@ -98,13 +98,13 @@ def test_scores_and_table_of_ten_thousand_classes_take_megabytes_and_a_moment():
     labels, guesses = torch.randint(0, 10_000, (2, 2000), generator=generator).tolist()
     probs = torch.zeros(10_000)
     began, before = time.perf_counter(), fuzz.peak()
-    scores = Scores(10_000)
+    scores = ClassificationScores(10_000)
     for label, guess in zip(labels, guesses, strict=True):
         probs[guess] = 1
-        scores.add(label, probs)
+        scores.update(label, probs)
         probs[guess] = 0
     adding = time.perf_counter() - began
-    lines = score_table(scores, [str(n) for n in range(10_000)]).splitlines()
+    lines = classification_report(scores, [str(n) for n in range(10_000)]).splitlines()
     # A matrix of all pairs would be 800 MB.
     assert len(lines) == 4 + 10_000 + 1 and fuzz.peak() - before < 50 << 20
     assert time.perf_counter() - began - adding < 1
@@ -124,10 +124,10 @@ def test_figures_are_scikit_learns(classes, pairs):
     for found, expected in zip(ours, (*columns, images), strict=True):
         assert found.nan_to_num(0).tolist() == pytest.approx(expected.tolist(), abs=1e-6)
     macro = precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)[:3]
-    lines = score_table(scores, [f"c{n}" for n in everyone]).splitlines()
+    lines = classification_report(scores, [f"c{n}" for n in everyone]).splitlines()
     assert lines[-1].startswith("macro average")
-    shown = [float(part) for part in re.findall(r"([\d.]+)%", lines[-1])]
-    assert shown == pytest.approx([100 * value for value in macro], abs=0.0501)
+    printed = [float(part) for part in re.findall(r"([\d.]+)%", lines[-1])]
+    assert printed == pytest.approx([100 * value for value in macro], abs=0.0501)
     assert {line.split()[0] for line in lines[4:-1]} == {f"c{n}" for n in everyone}
     recalls = [float(line.split()[3].rstrip("%")) for line in lines[4:-1] if line.split()[3] != "–"]
     assert recalls == sorted(recalls)
@@ -137,7 +137,14 @@ def test_top_3_is_scikit_learns():
     generator = torch.Generator().manual_seed(0)
     probs = torch.rand(50, 7, generator=generator).softmax(1)
     labels = torch.randint(0, 7, (50,), generator=generator).tolist()
-    scores = Scores(7)
+    scores = ClassificationScores(7)
     for label, each in zip(labels, probs, strict=True):
-        scores.add(label, each)
+        scores.update(label, each)
     assert scores.top3 == top_k_accuracy_score(labels, probs.numpy(), k=3, labels=range(7))
+
+
+def test_weights_make_classes_count_alike_and_images_one_on_average():
+    labels = torch.tensor([0] * 30 + [1] * 10 + [3] * 5)
+    weights = class_weights(labels, 4)
+    sums = [float(weights[label] * (labels == label).sum()) for label in (0, 1, 3)]
+    assert sums == pytest.approx([45 / 4] * 3) and weights[[0, 1, 3]].tolist() == pytest.approx([0.375, 1.125, 2.25])

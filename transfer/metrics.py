@@ -1,47 +1,57 @@
-"""Scores: what is right and wrong on images with labels: of an epoch, or of a list with its table."""
+"""Metrics: what is right and wrong on images with labels: of an epoch, or of a list with its table and calibration."""
 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from transfer.console import shown
+from transfer.console import printable
 
 NONE = "–"  # in place of 0 / 0
-MOST_LETTERS = 24  # of a class name in the table
+MAX_NAME_LENGTH = 24  # letters of a class name in the table
+BINS = 10  # of confidence, as Guo et al. (2017) have them
 
 
-class Tally:
+class Metrics(NamedTuple):
+    """Of the images of an epoch: mean loss, share that is right, and its mean over the classes that have images."""
+
+    loss: float
+    accuracy: float
+    macro_recall: float
+
+
+class MetricMeter:
     """Loss and hits of a model in an epoch, summed over samples: batches differ in size, and ranks share them."""
 
     def __init__(self, model: nn.Module):
-        self.everywhere = isinstance(model, DistributedDataParallel)
-        classes = len([*model.parameters()][-1])  # the head's last parameter has a row a class
-        self.loss, self.hits, self.images = 0.0, *torch.zeros(2, classes, dtype=torch.int64)
+        self.all_ranks = isinstance(model, DistributedDataParallel)
+        num_classes = len([*model.parameters()][-1])  # the head's last parameter has a row per class
+        self.loss, self.hits, self.images = 0.0, *torch.zeros(2, num_classes, dtype=torch.int64)
 
-    def add(self, loss: float, logits: Tensor, labels: Tensor) -> None:
+    def update(self, loss: float, logits: Tensor, labels: Tensor) -> None:
         """The sum of a batch's losses, its logits (N, C) and labels (N,)."""
         self.loss += loss
         right, labels = (logits.argmax(1) == labels).cpu(), labels.cpu()
         self.hits += labels[right].bincount(minlength=len(self.hits))
         self.images += labels.bincount(minlength=len(self.images))
 
-    def means(self) -> tuple[float, float, float]:
-        """Mean loss, accuracy and macro recall (of classes with images) over the samples of all ranks that train it."""
+    def compute(self) -> Metrics:
+        """Over the samples of all ranks that train the model."""
         totals = torch.cat([torch.tensor([self.loss], dtype=torch.float64), self.hits, self.images])
-        if self.everywhere:
+        if self.all_ranks:
             dist.all_reduce(totals)
         hits, images = totals[1:].chunk(2)
         there = images > 0
         recall = (hits[there] / images[there]).mean()
-        return (totals[0] / images.sum()).item(), (hits.sum() / images.sum()).item(), recall.item()
+        return Metrics((totals[0] / images.sum()).item(), (hits.sum() / images.sum()).item(), recall.item())
 
 
-class Scores:
+class ClassificationScores:
     """What is right and wrong, gathered image by image: memory grows with the classes and the kinds of mistakes.
 
     images, guessed, hits: (C,) images of each class, taken for it, and both; mistakes: (label, guess): images.
@@ -49,10 +59,10 @@ class Scores:
 
     def __init__(self, classes: int):
         self.images, self.guessed, self.hits = (torch.zeros(classes, dtype=torch.int64) for _ in range(3))
-        self.mistakes = Counter()
+        self.confusions = Counter()
         self.in_top3 = 0
 
-    def add(self, label: int, probs: Tensor) -> None:
+    def update(self, label: int, probs: Tensor) -> None:
         """One image: its label and its probabilities (C,)."""
         top = probs.topk(min(3, len(probs))).indices.tolist()
         self.images[label] += 1
@@ -60,7 +70,7 @@ class Scores:
         if top[0] == label:
             self.hits[label] += 1
         else:
-            self.mistakes[label, top[0]] += 1
+            self.confusions[label, top[0]] += 1
         self.in_top3 += label in top
 
     @property
@@ -77,7 +87,7 @@ class Scores:
 
     @property
     def accuracy_interval(self) -> tuple[float, float]:
-        return wilson(self.right, self.count)
+        return wilson_interval(self.right, self.count)
 
     @property
     def top3(self) -> float:
@@ -85,7 +95,7 @@ class Scores:
 
     @property
     def top3_interval(self) -> tuple[float, float]:
-        return wilson(self.in_top3, self.count)
+        return wilson_interval(self.in_top3, self.count)
 
     # NaN, of 0 / 0, where a class has no images or is never predicted.
     @property
@@ -103,7 +113,7 @@ class Scores:
     def taken_for(self) -> dict[int, tuple[int, int]]:
         """Of each class with mistakes: the class that it is most often taken for, and how often."""
         most = {}
-        for (label, guess), count in sorted(self.mistakes.items()):
+        for (label, guess), count in sorted(self.confusions.items()):
             if count > most.get(label, (0, 0))[1]:
                 most[label] = guess, count
         return most
@@ -114,7 +124,22 @@ class Scores:
         return sorted(range(len(recall)), key=lambda label: (math.isnan(recall[label]), recall[label], label))
 
 
-def balance(labels: Tensor, classes: int) -> Tensor:
+def calibration_bins(labels: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    """By tenth of confidence: images (10,), right ones (10,), mean confidence (10,); and the expected error.
+
+    The tenths are (0, 0.1], (0.1, 0.2], ...; the error is the gap between share right and mean
+    confidence, weighted by images (Guo et al. 2017, equation 3).
+    """
+    confidence, guesses = probs.max(1)
+    tenth = torch.bucketize(confidence, torch.arange(1, BINS) / BINS)
+    count = torch.bincount(tenth, minlength=BINS)
+    right = torch.bincount(tenth[guesses == labels], minlength=BINS)
+    total = torch.bincount(tenth, confidence.double(), minlength=BINS)
+    ece = float((right - total).abs().sum() / max(1, len(labels)))
+    return count, right, total / count, ece
+
+
+def class_weights(labels: Tensor, classes: int) -> Tensor:
     """Weights (C,) of classes in the loss, inverse to their images, so that all classes weigh alike: 1 on average over
     the images.
     """
@@ -127,7 +152,7 @@ def likeliest(probs: Tensor, classes: Sequence[str], count: int) -> list[tuple[s
     return [(classes[label], value) for label, value in zip(labels.tolist(), values.tolist())]
 
 
-def wilson(right: int, count: int) -> tuple[float, float]:
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
     """The 95% interval of a share (Wilson, 1927, JASA 22): it stays within 0 and 1 and holds for small counts."""
     z, part = 1.959964, right / count
     centre = part + z * z / (2 * count)
@@ -140,8 +165,8 @@ def percent(value: float) -> str:
     return NONE if math.isnan(value) else f"{value:.1%}"
 
 
-def score_table(scores: Scores, classes: Sequence[str]) -> str:
-    """Accuracy, then a line a class, worst recall first, then macro averages as scikit-learn takes them."""
+def classification_report(scores: ClassificationScores, classes: Sequence[str]) -> str:
+    """Accuracy, then a line per class, worst recall first, then macro averages as scikit-learn takes them."""
     lines = []
     for what, right, part, (low, high) in (
         ("accuracy", scores.right, scores.accuracy, scores.accuracy_interval),
@@ -150,7 +175,9 @@ def score_table(scores: Scores, classes: Sequence[str]) -> str:
         interval = f"95% interval {low:.1%} to {high:.1%}"
         lines.append(f"{what:<8}  {part:7.2%}  {right:,} of {scores.count:,}, {interval}")
     # Of long names the table shows the beginning.
-    names = [name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 1]}…" for name in map(shown, classes)]
+    names = [
+        name if len(name) <= MAX_NAME_LENGTH else f"{name[: MAX_NAME_LENGTH - 1]}…" for name in map(printable, classes)
+    ]
     width = max(map(len, [*names, "macro average"]))
     lines += ["", f"{'class':<{width}}  images  precision   recall       F1  most often taken for"]
     images, taken_for, order = scores.images.tolist(), scores.taken_for(), scores.worst_first()

@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 
-from transfer.console import UserError, reason_of
+from transfer.console import UserError, os_reason
 
 CHUNK = 1 << 16  # bytes of standard input read at a time, and more than any path has
 CHUNKS_AHEAD = 4  # what is read before it is needed, so that an endless pipe takes no more
@@ -28,18 +28,18 @@ def read_lines(found: queue.Queue) -> None:
         found.put([rest])
         found.put(None)
     except OSError as error:
-        found.put(UserError(f"standard input: {reason_of(error)}; pipe paths into it, one a line", status=1))
+        found.put(UserError(f"standard input: {os_reason(error)}; pipe paths into it, one a line", status=1))
 
 
-class PipedPaths:
-    """The paths on standard input, one a line, as rows (number, path) for `embed_batches`.
+class StdinPaths:
+    """The paths on standard input, one per line, as rows (number, path) for `embed_batches`.
 
-    unanswered: rows that have arrived, oldest first; given: how many of them are given out.
+    pending: rows that have arrived and have no answer, oldest first; given: how many of them are given out.
     """
 
     def __init__(self, batch_size: int):
         self.batch_size, self.count, self.ended = batch_size, 0, False
-        self.unanswered, self.given = deque(), 0
+        self.pending, self.given = deque(), 0
         self.found = queue.Queue(CHUNKS_AHEAD)
         threading.Thread(target=read_lines, args=(self.found,), daemon=True).start()
 
@@ -51,17 +51,17 @@ class PipedPaths:
         """
         self.given = 0
         while True:
-            if len(self.unanswered) - self.given <= self.batch_size:
-                self.take(wait=not self.unanswered)
-            if few and len(self.unanswered) > self.batch_size:
+            if len(self.pending) - self.given <= self.batch_size:
+                self.receive(wait=not self.pending)
+            if few and len(self.pending) > self.batch_size:
                 return
-            batch = [*itertools.islice(self.unanswered, self.given, self.given + self.batch_size)]
+            batch = [*itertools.islice(self.pending, self.given, self.given + self.batch_size)]
             if self.ended and not batch:
                 return
             self.given += len(batch)
             yield batch
 
-    def take(self, wait: bool) -> None:
+    def receive(self, wait: bool) -> None:
         """Add the next paths, if they are there or to be waited for. Raises UserError (status 1)."""
         with contextlib.suppress(queue.Empty):
             while not self.ended:
@@ -70,18 +70,18 @@ class PipedPaths:
                     raise lines
                 self.ended = lines is None
                 paths = [line.rstrip(b"\r") for line in lines or () if line.strip()]
-                self.unanswered.extend(enumerate(paths, self.count))
+                self.pending.extend(enumerate(paths, self.count))
                 self.count += len(paths)
                 if paths:
                     return
 
-    def answered(self) -> None:
+    def mark_answered(self) -> None:
         """The oldest row has its answer."""
-        self.unanswered.popleft()
+        self.pending.popleft()
         self.given -= 1
 
 
-class OwnPaths:
+class PathRows:
     """Stands for an `ImageList` where rows are (number, path) themselves."""
 
     def path(self, row: tuple[int, bytes]) -> bytes:

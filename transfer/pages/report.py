@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transfer.calibration import BINS, calibration
-from transfer.files import save_atomically
-from transfer.page import (
+from transfer.files import history_path, save_atomically
+from transfer.metrics import BINS, NONE, ClassificationScores, calibration_bins, percent
+from transfer.pages.html import (
     BOTTOM,
     HEIGHT,
     LEFT,
@@ -20,26 +20,26 @@ from transfer.page import (
     TOP,
     WIDTH,
     axes,
-    drawing,
-    letter,
+    class_table,
+    escape,
     letters,
     number,
     page,
-    plain,
-    rule,
     scroller,
     shortened,
+    svg,
+    svg_line,
+    svg_text,
     thumbnail,
     ticks,
 )
-from transfer.scores import NONE, Scores, percent
 
 MISTAKES, HITS = 24, 12  # images shown of each
-MOST_DROPS = 12  # of the learning rate that are marked
+MAX_DROPS = 12  # of the learning rate that are marked
 FEW = 10  # images below which a share says little
 CELLS = ((24, 34, 12), (60, 23, 11), (math.inf, 15, 9.5))  # matrix: classes up to, cell and letter size in pixels
 PRINT_WIDTH = 660  # pixels of A4 between its margins
-MOST_IN_MATRIX = 1000  # classes: a larger matrix is read by nobody
+MAX_MATRIX_CLASSES = 1000  # classes: a larger matrix is read by nobody
 
 
 # The header
@@ -54,10 +54,10 @@ def interval_strip(value: float, interval: tuple[float, float]) -> str:
         f'<rect class="blue" x="{min(397, max(0, 400 * value - 1.5)):.1f}" width="3" height="12"/>'
     )
     label = f"{value:.2%} on a line from 0 to 100%, 95% interval {interval[0]:.1%} to {interval[1]:.1%}"
-    return drawing(400, 12, label, body, ' preserveAspectRatio="none"')
+    return svg(400, 12, label, body, attributes=' preserveAspectRatio="none"')
 
 
-def headline(scores: Scores, ece: float) -> str:
+def headline(scores: ClassificationScores, ece: float) -> str:
     """The accuracy, large, beside top-3 accuracy and calibration error."""
     figures = (
         ("Accuracy", 'id="accuracy"', scores.accuracy, scores.accuracy_interval),
@@ -75,10 +75,10 @@ def headline(scores: Scores, ece: float) -> str:
     return f'<div class="stats">{"".join(parts)}</div>'
 
 
-def facts(about: dict) -> str:
+def facts(metadata: dict) -> str:
     """What the checkpoint says of itself; what it does not say is left out."""
     found = [
-        (name, number(about[key], form) + unit)
+        (name, number(metadata[key], form) + unit)
         for key, name, form, unit in (
             ("date", "Trained", "", ""),
             ("backbone", "Backbone", "", ""),
@@ -92,11 +92,11 @@ def facts(about: dict) -> str:
             ("device", "Device", "", ""),
             ("precision", "Precision", "", ""),
         )
-        if about.get(key) is not None
+        if metadata.get(key) is not None
     ]
-    recipe = about.get("recipe")
+    recipe = metadata.get("recipe")
     settings = recipe.items() if isinstance(recipe, dict) else ()
-    settings = [(plain(key), plain(value)) for key, value in settings if key not in about]
+    settings = [(escape(key), escape(value)) for key, value in settings if key not in metadata]
     lists = (("", found), (' class="recipe"', settings))
     return "".join(
         f"<dl{kind}>{''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in entries)}</dl>"
@@ -111,7 +111,7 @@ def facts(about: dict) -> str:
 def read_history(model: Path) -> list[dict[str, str]]:
     """The rows of the CSV that training left beside a checkpoint; none where there is no such file."""
     try:
-        with open(model.with_suffix(".csv"), newline="", encoding="utf-8") as file:
+        with open(history_path(model), newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error):
         return []
@@ -138,16 +138,16 @@ def read_curves(curves: list[dict[str, str]]) -> dict[str, list[float]] | None:
 def drops(rates: Sequence[float]) -> list[int]:
     """The epochs (their places) where the learning rate drops; none where it glides down all the time."""
     found = [index for index in range(1, len(rates)) if rates[index] < rates[index - 1]]
-    return found if len(found) <= MOST_DROPS else []
+    return found if len(found) <= MAX_DROPS else []
 
 
 def drop_marks(xs: Sequence[float], rates: Sequence[float]) -> str:
     """A dotted line where the learning rate drops, lettered where there is room for it."""
     parts, lettered = [], -math.inf
     for x, rate in ((xs[index], rates[index]) for index in drops(rates)):
-        parts.append(rule(x, TOP - 6, x, BOTTOM, "drop"))
+        parts.append(svg_line((x, TOP - 6), (x, BOTTOM), "drop"))
         if x - lettered > 70 and x < RIGHT - 28:  # wider than the letters of a rate
-            parts.append(letter(x, TOP - 11, f"{rate:.3g}", "mid"))
+            parts.append(svg_text(x, TOP - 11, f"{rate:.3g}", "mid"))
             lettered = x
     return "".join(parts)
 
@@ -156,17 +156,20 @@ def best_mark(x: float, y: float, epoch: float) -> str:
     """A ring on the test curve, and which epoch it is above the plot."""
     place = "end" if x > RIGHT - 60 else "mid" if x > LEFT + 60 else ""
     ring = f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
-    return rule(x, 15, x, y - 5, "grid") + ring + letter(x, 11, f"best, epoch {epoch:g}", f"ink {place}")
+    return svg_line((x, 15), (x, y - 5), "grid") + ring + svg_text(x, 11, f"best, epoch {epoch:g}", f"ink {place}")
 
 
-def curve_chart(name: str, columns: dict[str, list[float]], best: int | None, form: str, high: float) -> str:
+def curve_chart(name: str, columns: dict[str, list[float]], best: int | None, *, tick_format: str, high: float) -> str:
     """One figure of both lists by epoch, the best epoch and the drops of the rate marked."""
     epochs, up = columns["epoch"], ticks(high)
     first, extent = epochs[0], max(1.0, epochs[-1] - epochs[0])
     marked = [first, *(epoch for epoch in ticks(epochs[-1], 1) if first + extent / 12 < epoch <= epochs[-1])]
     across = [((epoch - first) / extent, f"{epoch:g}") for epoch in marked]
     xs = [LEFT + (epoch - first) / extent * (RIGHT - LEFT) for epoch in epochs]
-    parts = [axes(across, [(tick / up[-1], f"{tick:{form}}") for tick in up], "epoch"), drop_marks(xs, columns["lr"])]
+    parts = [
+        axes(across, [(tick / up[-1], f"{tick:{tick_format}}") for tick in up], "epoch"),
+        drop_marks(xs, columns["lr"]),
+    ]
     label = f"{name.capitalize()} by epoch"
     for which, kind in (("train", "blue dash"), ("test", "orange")):
         values = columns[f"{which}_{name}"]
@@ -177,7 +180,7 @@ def curve_chart(name: str, columns: dict[str, list[float]], best: int | None, fo
     if best is not None:
         parts.append(best_mark(xs[best], ys[best], epochs[best]))
         label += f"; best epoch {epochs[best]:g}"
-    return f"<figure><h3>{name.capitalize()}</h3>{drawing(WIDTH, HEIGHT, label, ''.join(parts))}</figure>"
+    return f"<figure><h3>{name.capitalize()}</h3>{svg(WIDTH, HEIGHT, label, ''.join(parts))}</figure>"
 
 
 def learning_curves(curves: list[dict[str, str]]) -> str:
@@ -195,8 +198,8 @@ def learning_curves(curves: list[dict[str, str]]) -> str:
         f"they may lie below those of the {judge}.</p>"
         f'<p class="key"><span><i class="blue dash"></i>training list</span><span><i class="orange"></i>{judge}</span>'
         f'{drop_key}</p><div class="pair">'
-        + curve_chart("loss", columns, best, "g", highest)
-        + curve_chart("accuracy", columns, best, ".0%", 1.0)
+        + curve_chart("loss", columns, best, tick_format="g", high=highest)
+        + curve_chart("accuracy", columns, best, tick_format=".0%", high=1.0)
         + "</div>"
     )
 
@@ -210,18 +213,18 @@ def slanted_names(names: Sequence[str], cell: int, size: float, height: float) -
     for index, name in enumerate(names):
         x, y = (index + 0.5) * cell + size / 4, height - 5
         turned = f'<text x="{x:.1f}" y="{y:.1f}" transform="rotate(-45 {x:.1f} {y:.1f})">'
-        parts.append(f"{turned}{html.escape(shortened(name))}<title>{plain(name)}</title></text>")
+        parts.append(f"{turned}{html.escape(shortened(name))}<title>{escape(name)}</title></text>")
     return "".join(parts)
 
 
-def matrix_cells(scores: Scores, classes: Sequence[str], cell: int, size: float) -> str:
+def matrix_cells(scores: ClassificationScores, classes: Sequence[str], cell: int, size: float) -> str:
     """The cells that hold images, as dark as their share of the row; the pointer gets them in words."""
     side = cell * len(classes)
     parts = [f'<rect class="frame" x=".5" y=".5" width="{side - 1}" height="{side - 1}"/>']
-    parts += [rule(0, index * cell, side, index * cell, "grid") for index in range(1, len(classes))]
+    parts += [svg_line((0, index * cell), (side, index * cell), "grid") for index in range(1, len(classes))]
     totals, hits = scores.images.tolist(), enumerate(scores.hits.tolist())
-    names = [plain(name) for name in classes]
-    counts = {**{(label, label): count for label, count in hits if count}, **scores.mistakes}
+    names = [escape(name) for name in classes]
+    counts = {(label, label): count for label, count in hits if count} | scores.confusions
     for (row, column), count in sorted(counts.items()):
         share = count / totals[row]
         depth = 0.1 + 0.9 * share
@@ -238,31 +241,32 @@ def matrix_cells(scores: Scores, classes: Sequence[str], cell: int, size: float)
     return "".join(parts)
 
 
-def confusion_matrix(scores: Scores, classes: list[str]) -> str:
+def confusion_matrix(scores: ClassificationScores, classes: list[str]) -> str:
     """A heat map whose cells have a fixed size; the page scrolls it, and its names stay in sight."""
-    if len(classes) > MOST_IN_MATRIX:
-        return f"<p>Not drawn of more than {MOST_IN_MATRIX:,} classes. {common_mistakes(scores, classes)}</p>"
+    if len(classes) > MAX_MATRIX_CLASSES:
+        return f"<p>Not drawn of more than {MAX_MATRIX_CLASSES:,} classes. {common_mistakes(scores, classes)}</p>"
     cell, size = next((cell, size) for most, cell, size in CELLS if len(classes) <= most)
     side = cell * len(classes)
     widest = max(letters(shortened(name)) for name in classes) * size * 0.62
     margin, slant = max(72, widest + 12), widest * 0.71 + size + 8
     rows = "".join(
         f'<text class="end" x="{margin - 8:.1f}" y="{(index + 0.5) * cell + size * 0.36:.1f}">'
-        f"{html.escape(shortened(name))}<title>{plain(name)}</title></text>"
+        f"{html.escape(shortened(name))}<title>{escape(name)}</title></text>"
         for index, name in enumerate(classes)
     )
 
-    def part(kind: str, width: float, height: float, label: str, body: str) -> str:
-        sized = f' class="{kind}" width="{width:.0f}" height="{height:.0f}" style="font-size:{size}px"'
-        return drawing(round(width), round(height), label, body, sized)
+    def part(kind: str, extent: tuple[float, float], label: str, body: str) -> str:
+        width, height = map(round, extent)
+        attributes = f' class="{kind}" width="{width}" height="{height}" style="font-size:{size}px"'
+        return svg(width, height, label, body, attributes=attributes)
 
     fit = min(1, PRINT_WIDTH / (margin + side + slant))
     words = f"Confusion matrix of {len(classes)} classes: {scores.right} of {scores.count} images on the diagonal"
     parts = (
         '<div class="corner"><span>taken for →</span><span>true ↓</span></div>',
-        part("columns", side + slant, slant, "Names of the columns", slanted_names(classes, cell, size, slant)),
-        part("rows", margin, side, "Names of the rows", rows),
-        part("cells", side, side, words, matrix_cells(scores, classes, cell, size)),
+        part("columns", (side + slant, slant), "Names of the columns", slanted_names(classes, cell, size, slant)),
+        part("rows", (margin, side), "Names of the rows", rows),
+        part("cells", (side, side), words, matrix_cells(scores, classes, cell, size)),
     )
     matrix = f'<div class="matrix" style="--fit:{fit:.3f}">{"".join(parts)}</div>'
     return (
@@ -271,11 +275,11 @@ def confusion_matrix(scores: Scores, classes: list[str]) -> str:
     )
 
 
-def common_mistakes(scores: Scores, classes: list[str]) -> str:
+def common_mistakes(scores: ClassificationScores, classes: list[str]) -> str:
     """The largest cells beside the diagonal, in words."""
     pairs = [
-        f"{plain(classes[label])} taken for {plain(classes[guess])} ({count})"
-        for (label, guess), count in scores.mistakes.most_common(5)
+        f"{escape(classes[label])} taken for {escape(classes[guess])} ({count})"
+        for (label, guess), count in scores.confusions.most_common(5)
     ]
     return f"Most frequent mistakes: {', '.join(pairs)}." if pairs else "No image was taken for another class."
 
@@ -283,26 +287,21 @@ def common_mistakes(scores: Scores, classes: list[str]) -> str:
 # Classes
 
 
-def class_table(scores: Scores, classes: list[str]) -> str:
-    """One row a class, the worst recall first; classes without images come last."""
-    columns = [column.tolist() for column in (scores.recall, scores.precision, scores.f1)]
+def recall_table(scores: ClassificationScores, classes: list[str]) -> str:
+    """One row per class, the worst recall first; classes without images come last."""
+    recall, precision, f1 = (column.tolist() for column in (scores.recall, scores.precision, scores.f1))
     images, taken_for, rows = scores.images.tolist(), scores.taken_for(), []
     for label in scores.worst_first():
-        share = 0.0 if math.isnan(columns[0][label]) else columns[0][label]
         guess, times = taken_for.get(label, (None, 0))
-        taken = f"{plain(classes[guess])} ({times})" if times else NONE
-        found, exact, both = (percent(column[label]) for column in columns)
-        name = plain(classes[label])
-        rows.append(
-            f'<tr><td title="{name}">{name}</td><td class="bar"><span style="--share:{share:.1%}"></span></td>'
-            f"<td>{found}</td><td>{images[label]:,}</td><td>{exact}</td><td>{both}</td><td>{taken}</td></tr>"
-        )
-    heads = ("Class", "", "Recall", "Images", "Precision", "F1", "Most often taken for")
-    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    table = f'<table id="classes"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        taken = f"{escape(classes[guess])} ({times})" if times else NONE
+        share = 0.0 if math.isnan(recall[label]) else recall[label]
+        found, exact, both = (percent(column[label]) for column in (recall, precision, f1))
+        rows.append((classes[label], share, (found, f"{images[label]:,}", exact, both, taken)))
+    heads = ("Class", "Recall", "Images", "Precision", "F1", "Most often taken for")
     return (
         "<p>The worst first. Recall: the share of a class’s images that were found. Precision: the share of images "
-        f"taken for the class that are of it. F1: their harmonic mean.</p>{scroller('Classes', table, len(classes))}"
+        f"taken for the class that are of it. F1: their harmonic mean.</p>"
+        f"{class_table('classes', heads, rows, len(classes))}"
     )
 
 
@@ -316,13 +315,13 @@ def card(path: bytes, label: int, probs: Tensor, classes: list[str]) -> str:
     for place, (value, guess) in enumerate(zip(values.tolist(), guesses.tolist())):
         kind = " right" if guess == label else " wrong" if place == 0 else ""
         bars.append(
-            f'<div class="guess{kind}"><span title="{plain(classes[guess])}">{plain(classes[guess])}</span>'
+            f'<div class="guess{kind}"><span title="{escape(classes[guess])}">{escape(classes[guess])}</span>'
             f'<span>{value:.1%}</span><i style="--share:{value:.1%}"></i></div>'
         )
-    alt = f"labelled {plain(classes[label])}, taken for {plain(classes[int(guesses[0])])}"
+    alt = f"labelled {escape(classes[label])}, taken for {escape(classes[int(guesses[0])])}"
     return (
-        f'<li class="card">{thumbnail(path, alt)}<p class="true">labelled <b>{plain(classes[label])}</b></p>'
-        f'<div>{"".join(bars)}</div><p class="path">{plain(path)}</p></li>'
+        f'<li class="card">{thumbnail(path, alt)}<p class="true">labelled <b>{escape(classes[label])}</b></p>'
+        f'<div>{"".join(bars)}</div><p class="path">{escape(path)}</p></li>'
     )
 
 
@@ -331,13 +330,13 @@ def gallery(paths: Sequence[bytes], labels: Tensor, probs: Tensor, classes: list
     confidence, guesses = probs.max(1)
     right = guesses == labels
     order = confidence.argsort(stable=True).tolist()
-    mistakes = [index for index in reversed(order) if not right[index]]
+    confusions = [index for index in reversed(order) if not right[index]]
     hits = [index for index in order if right[index]]
     parts = [
         "<p>Where a true label looks wrong, this is the place to see it. "
         "Blue is the class of the label, orange the mistake.</p>"
     ]
-    for name, chosen, most in (("Most confident mistakes", mistakes, MISTAKES), ("Least confident hits", hits, HITS)):
+    for name, chosen, most in (("Most confident mistakes", confusions, MISTAKES), ("Least confident hits", hits, HITS)):
         count = f"{min(most, len(chosen))} of {len(chosen):,}" if chosen else "there are none"
         cards = "".join(card(paths[i], int(labels[i]), probs[i], classes) for i in chosen[:most])
         parts.append(f'<h3 class="shelf">{name}, {count}</h3><ul class="cards">{cards}</ul>')
@@ -360,10 +359,10 @@ def confidence_chart(count: Sequence[int], right: Sequence[int]) -> str:
             f'height="{whole - lower:.1f}"/></g>'
         )
         if images:
-            parts.append(letter(x + step / 2 - 2, BOTTOM - whole - 6, f"{images:,}", "mid"))
+            parts.append(svg_text(x + step / 2 - 2, BOTTOM - whole - 6, f"{images:,}", "mid"))
     label = "Images by confidence in tenths, right and wrong: "
     label += "; ".join(f"{hits} and {images - hits}" for images, hits in zip(count, right))
-    return f"<figure><h3>Images in each tenth</h3>{drawing(WIDTH, HEIGHT, label, ''.join(parts))}</figure>"
+    return f"<figure><h3>Images in each tenth</h3>{svg(WIDTH, HEIGHT, label, ''.join(parts))}</figure>"
 
 
 def reliability_chart(count: Sequence[int], right: Sequence[int], confidence: Sequence[float]) -> str:
@@ -380,14 +379,14 @@ def reliability_chart(count: Sequence[int], right: Sequence[int], confidence: Se
                 f'<rect class="blue{" few" * (images < FEW)}" x="{LEFT + tenth * step + 2:.1f}" '
                 f'y="{BOTTOM - tall:.1f}" width="{step - 4:.1f}" height="{tall:.1f}"/></g>'
             )
-    parts.append(rule(LEFT, BOTTOM, RIGHT, TOP, "ideal"))
+    parts.append(svg_line((LEFT, BOTTOM), (RIGHT, TOP), "ideal"))
     label = f"Share right in each tenth of confidence: {', '.join(shares)}"
-    return f"<figure><h3>Share right in each tenth</h3>{drawing(WIDTH, HEIGHT, label, ''.join(parts))}</figure>"
+    return f"<figure><h3>Share right in each tenth</h3>{svg(WIDTH, HEIGHT, label, ''.join(parts))}</figure>"
 
 
-def confidence_section(scores: Scores, labels: Tensor, probs: Tensor) -> str:
+def confidence_section(scores: ClassificationScores, labels: Tensor, probs: Tensor) -> str:
     """Both charts, and the expected calibration error in words."""
-    count, right, means, ece = calibration(labels, probs)
+    count, right, means, ece = calibration_bins(labels, probs)
     tenths, mean = (count.tolist(), right.tolist()), float(probs.max(1).values.mean())
     return (
         f"<p>Confidence is the probability of the likeliest class. Mean confidence is {mean:.1%}, and "
@@ -402,44 +401,44 @@ def confidence_section(scores: Scores, labels: Tensor, probs: Tensor) -> str:
 # The page
 
 
-def chosen_note(about: dict, list_name: str) -> str:
+def chosen_note(metadata: dict, list_name: str) -> str:
     """Whether the list that is reported on had a say in which epoch was kept."""
-    chosen_on = about.get("chosen_on")
+    chosen_on = metadata.get("chosen_on")
     if chosen_on is None:
         return ""
     if os.path.normpath(str(chosen_on)) == os.path.normpath(list_name):
         return "<p>This list also chose the epoch that was kept, so its figures flatter a little.</p>"
     known = os.path.basename(str(chosen_on)) != os.path.basename(list_name)  # else it may be the same, from elsewhere
-    return f"<p>The epoch was chosen on {plain(chosen_on)}{'; this list had no say in it' if known else ''}.</p>"
+    return f"<p>The epoch was chosen on {escape(chosen_on)}{'; this list had no say in it' if known else ''}.</p>"
 
 
 def save_report(
     path: Path,
-    *,
-    about: dict,
-    scores: Scores,
-    classes: list[str],
+    metadata: dict,
+    scores: ClassificationScores,
     images: Sequence[tuple[bytes, int, Tensor]],
+    *,
     model: Path,
     list_name: str,
 ) -> None:
     """Draw the report of a model on a list of N labelled images of C classes. Raises UserError (status 1).
 
-    about: what the checkpoint says of itself; images: path, label and probabilities (C,) of each.
+    metadata: of the checkpoint; images: path, label and probabilities (C,) of each.
     """
+    classes = metadata["classes"]
     paths, labels, probs = zip(*images, strict=True)
     labels, probs = torch.tensor(labels), torch.stack(probs)
     header = (
-        f'<p class="eyebrow">Image classifier report</p><h1>{plain(model)}</h1><p class="lede">Tested on the '
-        f"{len(labels):,} images of {plain(list_name)}, {len(classes):,} classes.</p>"
-        f"{headline(scores, calibration(labels, probs)[-1])}{chosen_note(about, list_name)}{facts(about)}"
+        f'<p class="eyebrow">Image classifier report</p><h1>{escape(model)}</h1><p class="lede">Tested on the '
+        f"{len(labels):,} images of {escape(list_name)}, {len(classes):,} classes.</p>"
+        f"{headline(scores, calibration_bins(labels, probs)[-1])}{chosen_note(metadata, list_name)}{facts(metadata)}"
     )
     sections = (
         ("Learning curves", learning_curves(read_history(model)), "whole"),
         ("Confusion matrix", confusion_matrix(scores, classes), "whole"),
-        ("Classes", class_table(scores, classes), "whole"),
+        ("Classes", recall_table(scores, classes), "whole"),
         ("Images", gallery(paths, labels, probs, classes), ""),
         ("Confidence", confidence_section(scores, labels, probs), "whole"),
     )
-    text = page(f"{plain(model)}: {scores.accuracy:.2%} of {plain(list_name)}", header, sections)
+    text = page(f"{escape(model)}: {scores.accuracy:.2%} of {escape(list_name)}", header, sections)
     save_atomically(path, text.encode())

@@ -1,4 +1,4 @@
-"""Weights: found or downloaded, with one limit for all of it; what stands in where there are none."""
+"""Pretrained weights: found or downloaded, with one limit for all of it; what stands in where there are none."""
 
 import hashlib
 import http.server
@@ -18,12 +18,12 @@ from conftest import BUNDLED, ROOT, run_main
 from torchvision.models import get_model, get_model_weights
 
 import train
-from transfer import weights
+from transfer import pretrained
 from transfer.checkpoint import load_backbone
-from transfer.weights import DOWNLOAD_TIMEOUT, find_weights
+from transfer.pretrained import DOWNLOAD_TIMEOUT, load_pretrained
 
 
-def test_offline_the_bundled_backbone_stands_in_and_the_run_says_so_twice(sample_run):
+def test_offline_the_bundled_backbone_stands_in_and_the_run_warns_of_it_twice(sample_run):
     warnings = [line for line in sample_run[0].stderr.splitlines() if line.startswith("warning:")]
     assert len(warnings) == 4 and warnings[:2] == warnings[2:]
     assert "no ImageNet weights" in warnings[0] and "refused" in warnings[0] and "resnet18-grocery.pth" in warnings[0]
@@ -31,7 +31,7 @@ def test_offline_the_bundled_backbone_stands_in_and_the_run_says_so_twice(sample
     assert "resnet18-grocery.pth (bundled)" in sample_run[0].stdout
 
 
-def test_an_explicit_wish_for_imagenet_is_never_replaced(colours):
+def test_imagenet_where_it_is_asked_for_is_never_replaced(colours):
     status, out, err = run_main(train.main, "--weights", "imagenet")
     assert (status, out) == (2, "")
     waiting, line = err.splitlines()
@@ -41,7 +41,7 @@ def test_an_explicit_wish_for_imagenet_is_never_replaced(colours):
 
 
 def serve_at(monkeypatch, url):
-    monkeypatch.setattr("transfer.weights.imagenet_url", lambda arch: url)
+    monkeypatch.setattr("transfer.pretrained.imagenet_url", lambda arch: url)
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ REASONS = {"silent": "timed out", "stalled": "timed out", "not there": "Not Foun
 @pytest.mark.parametrize("kind", ["refused", "cache is a file", *ANSWERS])
 def test_a_download_that_fails_falls_back_or_ends_and_leaves_no_file(served, job, tmp_path, monkeypatch, kind):
     monkeypatch.setattr("transfer.architectures.get_model", get_model)
-    monkeypatch.setattr("transfer.weights.DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr("transfer.pretrained.DOWNLOAD_TIMEOUT", 0.3)
     served(ANSWERS.get(kind, stall))
     if kind == "refused":
         with socket.socket() as unused:
@@ -118,11 +118,11 @@ def test_a_download_that_fails_falls_back_or_ends_and_leaves_no_file(served, job
         (tmp_path / "torch").write_bytes(b"")
     reason = {"refused": "refused", "cache is a file": "[Nn]ot a directory|[Ff]ile exists"} | REASONS
     began = time.perf_counter()
-    _, origin, (caveat, fix) = find_weights(None, "resnet18")
-    assert "resnet18-grocery.pth (bundled)" in origin
+    _, description, (caveat, fix) = load_pretrained(None, "resnet18")
+    assert "resnet18-grocery.pth (bundled)" in description
     words = reason.get(kind, "invalid hash value")
     assert re.fullmatch(rf"no ImageNet weights \(.*({words}).*\): using the bundled .*, which is far weaker", caveat)
-    where = f"fetch {weights.imagenet_url('resnet18')} elsewhere and put it at {tmp_path / 'torch'}"
+    where = f"fetch {pretrained.imagenet_url('resnet18')} elsewhere and put it at {tmp_path / 'torch'}"
     assert fix.startswith(f"for the real ones, {where}")
     status, out, err = job("--weights", "imagenet")
     assert (status, out) == (2, "")
@@ -150,9 +150,9 @@ def test_one_limit_holds_for_all_addresses_of_a_host_together(served, monkeypatc
         addresses = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", full.getsockname())] * 6
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses)
         serve_at(monkeypatch, "http://127.0.0.1/resnet18-01234567.pth")
-        monkeypatch.setattr("transfer.weights.DOWNLOAD_TIMEOUT", 1)
+        monkeypatch.setattr("transfer.pretrained.DOWNLOAD_TIMEOUT", 1)
         began = time.perf_counter()
-        assert "timed out" in find_weights(None, "resnet18")[2][0]
+        assert "timed out" in load_pretrained(None, "resnet18")[2][0]
         assert time.perf_counter() - began < 2.5  # each alone would take a second
         for each in queued:
             each.close()
@@ -162,9 +162,9 @@ def test_looking_up_the_host_is_part_of_the_limit(served, monkeypatch):
     over = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(20) and [])
     serve_at(monkeypatch, "http://127.0.0.1/resnet18-01234567.pth")
-    monkeypatch.setattr("transfer.weights.DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr("transfer.pretrained.DOWNLOAD_TIMEOUT", 0.5)
     began = time.perf_counter()
-    assert "timed out" in find_weights(None, "resnet18")[2][0]
+    assert "timed out" in load_pretrained(None, "resnet18")[2][0]
     assert time.perf_counter() - began < 2
     over.set()
 
@@ -180,9 +180,9 @@ def test_a_slow_download_that_goes_on_is_waited_for(served, monkeypatch):
             handler.wfile.write(content[part * len(content) // 8 : (part + 1) * len(content) // 8])
             over.wait(0.25)
 
-    monkeypatch.setattr("transfer.weights.DOWNLOAD_TIMEOUT", 1)  # of two seconds in all
+    monkeypatch.setattr("transfer.pretrained.DOWNLOAD_TIMEOUT", 1)  # of two seconds in all
     served(drip, f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth")
-    assert find_weights(None, "resnet18")[1].startswith("ResNet-18, ImageNet (")
+    assert load_pretrained(None, "resnet18")[1].startswith("ResNet-18, ImageNet (")
 
 
 def test_where_the_bundled_weights_lie_on_another_drive_their_whole_path_is_shown(monkeypatch):
@@ -190,18 +190,18 @@ def test_where_the_bundled_weights_lie_on_another_drive_their_whole_path_is_show
         raise ValueError("path is on mount 'D:', start on mount 'C:'")
 
     monkeypatch.setattr(os.path, "relpath", relpath)
-    _, origin, (caveat, _) = find_weights(None, "resnet18")
-    assert origin == f"ResNet-18, {BUNDLED} (bundled)" and f"using the bundled {BUNDLED}, which" in caveat
+    _, description, (caveat, _) = load_pretrained(None, "resnet18")
+    assert description == f"ResNet-18, {BUNDLED} (bundled)" and f"using the bundled {BUNDLED}, which" in caveat
 
 
 FIND = """
 import sys
-from transfer import weights
-from transfer.distributed import join_ranks
-join_ranks()
+from transfer import pretrained
+from transfer.distributed import init_distributed
+init_distributed()
 for url in sys.argv[1:]:
-    weights.imagenet_url = lambda arch: url
-    print(weights.find_weights(None, "resnet18")[1:], flush=True, file=sys.stderr)
+    pretrained.imagenet_url = lambda arch: url
+    print(pretrained.load_pretrained(None, "resnet18")[1:], flush=True, file=sys.stderr)
 """
 
 
@@ -215,7 +215,7 @@ def test_under_torchrun_one_rank_a_machine_downloads_and_all_find_the_same(serve
 
     name = f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     served(answer, name)
-    url = weights.imagenet_url("resnet18")
+    url = pretrained.imagenet_url("resnet18")
     urls = [url, url.replace(name, "resnet18-01234567.pth")]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -226,24 +226,24 @@ def test_under_torchrun_one_rank_a_machine_downloads_and_all_find_the_same(serve
         environment = os.environ | world | {"MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", FIND, *urls]
         ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
-    said = [rank.communicate(timeout=60)[1].splitlines() for rank in ranks]
-    found = [[line for line in lines if line.startswith("(")] for lines in said]
+    lines_of = [rank.communicate(timeout=60)[1].splitlines() for rank in ranks]
+    found = [[line for line in lines if line.startswith("(")] for lines in lines_of]
     assert found[0] == found[1] and len(found[0]) == 2
     assert "ImageNet" in found[0][0] and "(bundled)" in found[0][1] and "invalid hash" in found[0][1]
     assert asked == [f"/{url.rpartition('/')[2]}" for url in urls]
-    assert [sum(line.startswith("downloading") for line in lines) for lines in said] == [2, 0]
+    assert [sum(line.startswith("downloading") for line in lines) for lines in lines_of] == [2, 0]
 
 
 def test_a_download_that_arrives_is_used_and_kept(served, tmp_path, monkeypatch, capsys):
     content = BUNDLED.read_bytes()
     name = f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     served(answer_with(content), name)
-    state, origin, caveats = find_weights(None, "resnet18")
-    assert origin.startswith("ResNet-18, ImageNet (") and not caveats
+    state, description, warnings = load_pretrained(None, "resnet18")
+    assert description.startswith("ResNet-18, ImageNet (") and not warnings
     expected = load_backbone(BUNDLED, "resnet18")
     assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
     assert [path.name for path in (tmp_path / "torch/hub/checkpoints").iterdir()] == [name]
     assert capsys.readouterr().err.startswith("downloading ImageNet weights (45 MB) from 127.0.0.1:")
     served(answer_with(b"", status=404), name)
-    assert find_weights("imagenet", "resnet18")[0].keys() == state.keys()  # from the cache
+    assert load_pretrained("imagenet", "resnet18")[0].keys() == state.keys()  # from the cache
     assert capsys.readouterr().err == ""

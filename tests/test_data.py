@@ -1,0 +1,163 @@
+"""Data: lists or folders are found, a fifth is held out where no test images are named, and the split is kept."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COLOURS, go, run_main, save_photo
+
+import train
+from transfer.checkpoint import load_checkpoint
+from transfer.console import UserError
+from transfer.data import check_split, load_data, share_folders, why_unlistable, write_list
+from transfer.folders import read_folder
+from transfer.lists import ImageList, read_list
+
+
+def load(train_path=None, test_path=None, classes_path=None):
+    """The data of a run with these lists or folders, without a validation split."""
+    return load_data(train_path, test_path, Path(), classes_path, val_split=None, out=Path("best.pth"))
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        (b"a/1.png", None),
+        (b"a b/\xff.png", "not UTF-8"),
+        (b"a\nb/1.png", "a line break in it"),
+        (b"1.png ", "a space at"),
+    ],
+)
+def test_a_name_that_no_list_can_hold_is_an_error_before_any_work(path, why):
+    assert why_unlistable(path) is None if why is None else why_unlistable(path).startswith(why)
+    image_list = ImageList("photos", [b"b/1.png", b"b/2.png", path], [0, 0, 0], range(3))
+    image_list.classes = ["b"]
+    if why:
+        with pytest.raises(UserError, match=why):
+            check_split(image_list, None, None)
+    else:
+        check_split(image_list, None, None)
+    check_split(image_list, image_list, None)  # nothing is to be written
+
+
+def test_a_fifth_of_each_class_is_held_out_and_both_lists_are_kept_beside_the_checkpoint(photos, quick):
+    out = go("--train", "photos", "--out", "runs.pth", "--epochs", 1)
+    assert "data      30 images of 3 classes; a fifth of each is held out to test on\n" in out
+    assert "best      epoch chosen on runs.test.txt\n" in out
+    lists = {name: read_list(Path(f"runs.{name}.txt"), Path()) for name in ("train", "test")}
+    assert not [problem for _, problems in lists.values() for problem in problems]
+    paths = {name: set(image_list.paths()) for name, (image_list, _) in lists.items()}
+    assert not paths["train"] & paths["test"] and paths["train"] | paths["test"] == set(
+        read_folder(Path("photos"))[0].paths()
+    )
+    # Shades of one colour are near-duplicates, of which half a class may be held out together.
+    assert all(1 <= count <= 5 for count in lists["test"][0].labels.bincount())
+    metadata = load_checkpoint(Path("runs.pth"))[1]
+    assert (metadata["train_images"], metadata["test_images"]) == (len(paths["train"]), len(paths["test"]))
+    assert metadata["chosen_on"] == "runs.test.txt" and metadata["classes"] == ["blue", "green", "red"]
+    # And the lists do as well as the folder.
+    again = go("--train", "runs.train.txt", "--test", "runs.test.txt", "--out", "again.pth", "--epochs", 1)
+    assert f"{len(paths['train'])} training and {len(paths['test'])} test images of 3 classes" in again
+    assert load_checkpoint(Path("again.pth"))[1]["classes"] == ["blue", "green", "red"]
+
+
+def test_the_split_is_that_of_the_view_seed(photos, quick):
+    def test_list(*options):
+        go("--train", "photos", "--epochs", 1, *options)
+        return Path("best.test.txt").read_text().splitlines()[1:]
+
+    assert test_list() == test_list("--seed", 5, "--view-seed", 0) != test_list("--view-seed", 1)
+
+
+def test_of_the_held_out_images_none_is_trained_on_also_with_a_validation_split_and_fine_tuning(photos, tiny):
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = train.train_head
+
+        def spy(head, criterion, splits, *args, **options):
+            seen.append(splits.train.features.gather(splits.train.features.rows, 0))
+            return original(head, criterion, splits, *args, **options)
+
+        patch.setattr(train, "train_head", spy)
+        out = go("--train", "photos", "--epochs", 1, "--val-split", 0.25, "--finetune-epochs", 1, "--cache", "kept")
+        held = len(read_list(Path("best.test.txt"), Path())[0])
+        assert re.search(r"^test      accuracy [\d.]+%, scored once$", out, re.MULTILINE)
+        go("--train", "best.test.txt", "--test", "best.train.txt", "--epochs", 1, "--out", "o.pth")
+    trained, tested = seen
+    assert len(tested) == held
+    assert not (torch.cdist(trained, tested, compute_mode="donot_use_mm_for_euclid_dist") == 0).any()
+
+
+def test_a_test_folder_has_the_training_folders_labels_and_an_unknown_class_is_an_error(photos, quick):
+    save_photo("held/red/1.png")
+    save_photo("held/blue/1.png", "blue")
+    data = load(Path("photos"), Path("held"))
+    assert data.classes == ["blue", "green", "red"] and sorted(data.test.labels.tolist()) == [0, 2]
+    assert data.test_path == Path("held") and data.split_paths == []
+    out = go("--train", "photos", "--test", "held", "--epochs", 1)
+    assert "30 training and 2 test images of 3 classes" in out and not Path("best.test.txt").exists()
+    assert re.search(r"predict\.py held --labelled --report report\.html$", out, re.MULTILINE)
+    save_photo("held/rot/1.png")
+    status, _, err = run_main(train.main, "--train", "photos", "--test", "held", "--weights", "none")
+    assert status == 2 and err.startswith("error: held: no class is called rot; there are blue, green, red\n")
+
+
+def test_a_test_folder_goes_by_the_training_folders_also_where_classes_are_named_otherwise(photos):
+    save_photo("held/red/1.png")
+    Path("names").write_text("azul\nverde\nrojo\n")
+    data = load(Path("photos"), Path("held"), Path("names"))
+    assert data.classes == ["azul", "verde", "rojo"] and data.test.labels.tolist() == [2]
+
+
+def test_a_test_list_beside_another_training_list_counts_where_its_labels_lie_in_the_same_folders(photos):
+    os.makedirs("lists")
+    Path("lists/mine.txt").write_text("photos/red/5.png 0\nphotos/red/6.png 0\nphotos/blue/5.png 1\n")
+    assert load(Path("lists/mine.txt")).test is None
+    Path("lists/test.txt").write_text("photos/red/7.png 0\n")
+    data = load(Path("lists/mine.txt"))
+    assert data.test.paths() == [b"photos/red/7.png"] and data.test_path == Path("lists/test.txt")
+    Path("lists/test.txt").write_text("photos/green/7.png 0\n")  # somebody else's
+    assert load(Path("lists/mine.txt")).test is None
+
+
+def test_without_any_argument_the_recipes_lists_are_taken(colours):
+    data = load()
+    assert (data.train.name, data.test.name, data.test_path) == ("train.txt", "test.txt", Path("test.txt"))
+    assert data.classes == list(COLOURS) and share_folders(data.train, data.test)
+
+
+def test_where_every_class_has_one_image_there_is_none_to_test_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for colour in COLOURS:
+        save_photo(f"photos/{colour}/1.png", colour)
+    status, out, err = run_main(train.main, "--train", "photos", "--weights", "none")
+    assert status == 2 and not out
+    assert "error: photos: one image of each class, none to spare to test on; name test images by --test\n" in err
+
+
+def test_a_list_that_would_be_written_over_is_named_and_stays(photos, quick):
+    go("--train", "photos", "--epochs", 1)
+    before = Path("best.train.txt").read_text()
+    status, _, err = run_main(train.main, "--train", "best.train.txt", "--weights", "none")
+    assert status == 2 and "error: --out best.train.txt: is read by this run; name another file to write" in err
+    assert Path("best.train.txt").read_text() == before
+
+
+def test_an_unreadable_photo_in_a_folder_is_skipped_and_in_neither_list(photos, quick, capsys):
+    Path("photos/red/broken.png").write_bytes(b"no image")
+    status, out, err = run_main(train.main, "--train", "photos", "--epochs", 1, "--weights", "none", "--workers", 0)
+    assert status == 0 and "warning: photos/red/broken.png: not an image; skipped\n" in err
+    assert "broken" not in Path("best.train.txt").read_text() + Path("best.test.txt").read_text()
+
+
+def test_a_path_that_looks_like_a_comment_is_written_so_that_it_is_read_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [b"#1/a.png", b" b/a.png", b"./c/a.png", b"d/e f 7.png"]
+    for name in names:
+        save_photo(os.fsdecode(name))
+    write_list(Path("list.txt"), ImageList("x", names, [0, 1, 2, 3], range(4)), "by hand")
+    image_list, problems = read_list(Path("list.txt"), Path())
+    assert not problems and image_list.lines.tolist() == [2, 3, 4, 5] and image_list.labels.tolist() == [0, 1, 2, 3]
+    assert [os.path.normpath(path) for path in image_list.paths()] == [os.path.normpath(name) for name in names]

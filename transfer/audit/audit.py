@@ -1,0 +1,90 @@
+"""The audit: wrong labels, copies, strange photos and too few photos, found in the lists by their kept features."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from transfer.audit.copies import copy_findings, copy_groups, find_copies
+from transfer.audit.findings import KINDS, AuditSplit, Finding
+from transfer.audit.label_errors import LabelQuality, score_labels, score_labels_out_of_fold
+from transfer.audit.learning_curve import Curve, learning_curve
+from transfer.crossval import MOST_EPOCHS, WORK, CrossValidation
+from transfer.device import Compute
+from transfer.features import Splits
+from transfer.neighbours import nearest
+from transfer.training import Hyperparameters
+
+FEWEST_EPOCHS = 3  # of heads out of fold, where images and classes are many
+FENCE = 1.5  # interquartile ranges above the upper quartile (Tukey 1977): outside; twice as far is far out
+
+
+@dataclass(frozen=True)
+class Audit:
+    """All that an audit found; qualities: of the training labels and the test labels."""
+
+    train: AuditSplit
+    test: AuditSplit
+    qualities: tuple[LabelQuality, LabelQuality]
+    curve: Curve | None
+    findings: list[Finding]
+
+    def of_kind(self, kind: str) -> list[Finding]:
+        return [finding for finding in self.findings if finding.kind == kind]
+
+
+def outlier_scores(distances: Tensor, usual: Tensor) -> Tensor:
+    """How far outside the training images each image lies: (n,), 0 at their upper quartile, 0.5 at Tukey's fence.
+
+    distances: to its nearest training images, ascending (n, k); usual: the same of the training images themselves. The
+    last counts, the 8th, so that a handful of one kind does not hide itself.
+    """
+    if len(usual) < 4:
+        return torch.zeros(len(distances))
+    low, high = usual[:, -1].quantile(torch.tensor([0.25, 0.75])).tolist()
+    return (distances[:, -1] - high) / max(2 * FENCE * (high - low), 1e-9)
+
+
+def label_findings(split: AuditSplit, quality: LabelQuality) -> list[Finding]:
+    """A finding for each label that is probably wrong."""
+    return [
+        Finding("label", split, place, float(quality.error_prob[place]), int(quality.suggested[place]))
+        for place in quality.suspects.tolist()
+    ]
+
+
+def outlier_findings(split: AuditSplit, distances: Tensor, usual: Tensor) -> list[Finding]:
+    """A finding for each image outside the fence, as `outlier_scores` has it."""
+    scores = outlier_scores(distances, usual)
+    places = (scores >= 0.5).nonzero().flatten().tolist()
+    return [Finding("outlier", split, place, min(1.0, float(scores[place]))) for place in places]
+
+
+def audit_splits(splits: Splits, test_logits: Tensor, hparams: Hyperparameters, compute: Compute) -> Audit:
+    """Audit the training images by heads out of fold, and the test images by the final model's logits (n, C)."""
+    train, test = parts = AuditSplit.from_split(splits.trainval), AuditSplit.from_split(splits.test)
+    num_classes = test_logits.shape[1]
+    work = len(train.labels) * num_classes
+    lrs = [hparams.lr] * min(hparams.epochs, max(FEWEST_EPOCHS, min(MOST_EPOCHS, MOST_EPOCHS * WORK // work)))
+    near = {
+        (query, key): nearest(parts[query].features[:, 0], parts[key].features, query == key)
+        for query, key in ((0, 0), (1, 1), (1, 0))
+    }
+    found = find_copies(parts, {ends: places for ends, (_, places) in near.items()}, compute)
+    train_quality = score_labels_out_of_fold(
+        train.features,
+        train.labels,
+        copy_groups(train, found[0][2]),
+        num_classes=num_classes,
+        lrs=lrs,
+        batch_size=hparams.batch_size,
+    )
+    qualities = train_quality, score_labels(test_logits, test.labels)
+    findings = list(copy_findings(parts, qualities, found))
+    for number, (part, quality) in enumerate(zip(parts, qualities, strict=True)):
+        findings += label_findings(part, quality)
+        findings += outlier_findings(part, near[number, 0][0], near[0, 0][0])
+    findings.sort(key=lambda finding: (KINDS.index(finding.kind), -finding.score))
+    images = CrossValidation(train.features, train.labels, hparams.seed)
+    curve = learning_curve(images, num_classes, lrs, hparams.batch_size)
+    return Audit(train, test, qualities, curve, findings)

@@ -1,0 +1,257 @@
+"""Cross-validation on kept features: near-duplicates grouped, folds, and logits from heads that never saw the image.
+
+A head that is scored on images of the shelf and minute it was fitted on looks far better than it is. So near-duplicates
+are linked into groups, whole groups are assigned to folds, and each image's logits come from a head that never saw its
+fold. The K heads are trained at once, as one product of features that are known: seconds.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from transfer.console import UserError
+from transfer.distributed import broadcast, is_main_process
+from transfer.features import Features, Split
+from transfer.training import Hyperparameters, epoch_views
+
+CHANCE = 0.001  # of the pairs of different classes, the share that is more alike than what counts as near-duplicates
+CHANCE_LINKS = 0.1  # and at most so many an image by chance, however large its class
+LINKS = 32  # kept of each image, its strongest: memory grows with N, not with N * N
+WORK = 500_000  # images times classes: above, heads out of fold take more than seconds
+SAMPLE = 2000  # images that the similarity of different classes is measured on: 2 million pairs
+BLOCK = 1024  # rows of a product at a time
+MOST_EPOCHS = 20  # of heads out of fold
+
+
+def near_duplicates(features: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
+    """Groups (N,), numbered from 0, of images of one class that may show the same scene.
+
+    features: (N, D), of the evaluation view; labels: (N,), from 0.
+    Two images are linked where the cosine of their residuals (features less the mean of their class, each divided by
+    its deviation over the list) exceeds that of all but 1 in 1000 pairs of different classes, which no shared scene
+    explains; groups are the connected components. The class mean goes first, since with a good backbone all images
+    of a class are alike, near-duplicates or not.
+    """
+    counts = torch.bincount(labels)
+    means = features.new_zeros(len(counts), features.shape[1]).index_add_(0, labels, features)
+    means /= counts.clamp_min(1)[:, None]
+    deviation = features.std(0, correction=0).clamp_min(1e-6)
+
+    def residuals(rows: Tensor) -> Tensor:
+        return F.normalize((features[rows] - means[labels[rows]]) / deviation, dim=1)
+
+    sample = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:SAMPLE]
+    alike = similarity_by_chance(residuals(sample), labels[sample])
+    groups = torch.arange(len(labels))
+    for rows in labels.argsort(stable=True).split(counts.tolist()):
+        if len(alike) and len(rows) > 2:  # of two images each residual is the other's opposite
+            share = min(1, CHANCE_LINKS / len(rows) / CHANCE)
+            # The n residuals of a class sum to 0, which lowers their cosines by 1 / (n - 1).
+            threshold = alike[min(int(share * len(alike)), len(alike) - 1)].item() - 1 / (len(rows) - 1)
+            groups[rows] = rows[link_groups(residuals(rows), threshold)]
+    return groups.unique(return_inverse=True)[1]
+
+
+def similarity_by_chance(residuals: Tensor, labels: Tensor) -> Tensor:
+    """The largest cosines of pairs of different classes, CHANCE of them all, descending."""
+    cosines = (residuals @ residuals.T)[labels[:, None] < labels]
+    return cosines.topk(min(int(CHANCE * len(cosines)) + 1, len(cosines))).values
+
+
+def link_groups(residuals: Tensor, threshold: float) -> Tensor:
+    """For each of the images (n, D) of a class the lowest row of its group (n,)."""
+    count = len(residuals)
+    links, cosines = [], []
+    for start in range(0, count, BLOCK):
+        block = residuals[start : start + BLOCK] @ residuals.T
+        block.diagonal(start).fill_(-1)
+        nearest, columns = block.topk(min(LINKS, count), dim=1)
+        rows, places = (nearest > threshold).nonzero(as_tuple=True)
+        links.append(torch.stack([rows + start, columns[rows, places]]))
+        cosines.append(nearest[rows, places])
+    links = torch.cat(links, 1)[:, torch.cat(cosines).argsort(descending=True)]
+    groups = connected_components(count, links)
+    # Links may chain a class into one group, and no head could learn it from the rest: keep the stronger half.
+    while groups.bincount().max() > max(2, count // 2):
+        links = links[:, : links.shape[1] // 2]
+        groups = connected_components(count, links)
+    return groups
+
+
+def connected_components(count: int, links: Tensor) -> Tensor:
+    """Connected components of a graph with so many nodes and links (2, L): the lowest node of each one's own."""
+    lowest, before = torch.arange(count), None
+    while before is None or not torch.equal(lowest, before):
+        before = lowest
+        for here, there in (links, links.flip(0)):
+            lowest = lowest.scatter_reduce(0, here, lowest[there], "amin")
+        lowest = lowest[lowest]
+    return lowest
+
+
+def assign_folds(labels: Tensor, groups: Tensor, k: int = 5, seed: int = 0) -> Tensor:
+    """Each image's fold (N,), from 0 to k - 1: whole groups, each of one class, and each class spread evenly.
+
+    The largest groups first, those of one size in a random order: each to the fold with the fewest images of its
+    class, and among those to the one with the fewest in all.
+    """
+    sizes = groups.bincount()
+    label_of = torch.empty_like(sizes).scatter_(0, groups, labels).tolist()
+    shuffled = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
+    order = shuffled[sizes[shuffled].argsort(descending=True, stable=True)].tolist()
+    of_class, in_all, fold = [[0] * k for _ in range(max(label_of) + 1)], [0] * k, torch.empty_like(sizes)
+    for group, size in zip(order, sizes[order].tolist(), strict=True):
+        mine = of_class[label_of[group]]
+        chosen = min(range(k), key=lambda number: (mine[number], in_all[number]))
+        mine[chosen] += size
+        in_all[chosen] += size
+        fold[group] = chosen
+    return fold[groups]
+
+
+def class_in_other_folds(labels: Tensor, fold: Tensor) -> Tensor:
+    """Which images (N,) have others of their class outside their fold; no head can know the rest."""
+    table = torch.zeros(int(labels.max()) + 1, int(fold.max()) + 1, dtype=torch.int64)
+    table.index_put_((labels, fold), torch.ones_like(labels), accumulate=True)
+    return table[labels].sum(1) > table[labels, fold]
+
+
+def out_of_fold_logits(
+    features: Tensor,
+    labels: Tensor,
+    fold: Tensor,
+    *,
+    num_classes: int,
+    lrs: Sequence[float],
+    batch_size: int,
+    seed: int,
+    train_rows: Tensor | None = None,
+    average_views: int = 1,
+) -> Tensor:
+    """Logits (N, C) of each image from a head that was trained as the real one was, but without the image's fold.
+
+    features: (N, V, D); labels, fold: (N,). lrs: Adam's learning rate in each epoch, as the real head had them up to
+    the epoch that was kept: only then are these logits as large as its own, and a temperature fitted on them fits it.
+    train_rows: the rows that heads may be trained on, (M,); by default all. average_views: how many views of an image
+    its logits are the mean of.
+    """
+    train_rows = torch.arange(len(labels)) if train_rows is None else train_rows
+    weights, bias = train_fold_heads(
+        features, labels, fold, train_rows, num_classes=num_classes, lrs=lrs, batch_size=batch_size, seed=seed
+    )
+    logits = torch.empty(len(labels), num_classes)
+    for number in range(int(fold.max()) + 1):
+        held, own = fold == number, slice(number * num_classes, (number + 1) * num_classes)
+        logits[held] = torch.addmm(bias[own], features[held, :average_views].mean(1), weights[:, own])
+    return logits
+
+
+def train_fold_heads(
+    features: Tensor,
+    labels: Tensor,
+    fold: Tensor,
+    train_rows: Tensor,
+    *,
+    num_classes: int,
+    lrs: Sequence[float],
+    batch_size: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """The heads of all K folds side by side, each trained without its fold: weights (D, K * C), bias (K * C,)."""
+    heads, width = int(fold.max()) + 1, features.shape[2]
+    generator = torch.Generator().manual_seed(seed)
+    bound = width**-0.5  # nn.Linear's
+    weights = torch.empty(width, heads * num_classes).uniform_(-bound, bound, generator=generator).requires_grad_()
+    bias = torch.empty(heads * num_classes).uniform_(-bound, bound, generator=generator).requires_grad_()
+    optimizer = torch.optim.Adam([weights, bias], lr=lrs[0])
+    trained_on = (fold[:, None] != torch.arange(heads)).float()  # by which heads
+    drawn = round(batch_size * heads / max(1, heads - 1))  # so that each head's own batch is as large as asked
+    for epoch, lr in enumerate(lrs, 1):
+        optimizer.param_groups[0]["lr"] = lr
+        views = torch.tensor(epoch_views(epoch, features.shape[1]))
+        for batch in torch.randperm(len(train_rows) * len(views), generator=generator).split(drawn):
+            rows, view = train_rows[batch // len(views)], views[batch % len(views)]
+            logits = torch.addmm(bias, features[rows, view], weights).view(len(rows) * heads, num_classes)
+            losses = F.cross_entropy(logits, labels[rows].repeat_interleave(heads), reduction="none")
+            mine = trained_on[rows]
+            loss = (losses.view(-1, heads) * mine / mine.sum(0).clamp_min(1)).sum()  # Adam moves each head by its own
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return weights.detach(), bias.detach()
+
+
+def stratified_group_holdout(labels: Tensor, groups: Tensor, fraction: float, seed: int) -> Tensor:
+    """Which images (N,) to hold out: of each class about that fraction, in whole groups drawn by seed; one group at
+    least where there are two, and never all.
+
+    Drawn until the next would exceed the fraction by more than half of it. To look for a smaller one instead would
+    favour images that are like no other: measured on the sample, that accuracy is 5 points higher.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for rows in labels.argsort(stable=True).split(torch.bincount(labels).tolist()):
+        if len(rows) < 2:
+            continue
+        numbers, sizes = groups[rows].unique(return_counts=True)
+        order = torch.randperm(len(numbers), generator=generator)[:-1]  # the last one stays
+        before = sizes[order].cumsum(0) - sizes[order] / 2
+        count = max(1, int((before <= min(max(1, round(fraction * len(rows))), len(rows) - 1)).sum()))
+        held[rows] = torch.isin(groups[rows], numbers[order[:count]])
+    return held
+
+
+def group_split(split: Split, fraction: float, seed: int, none_to_spare: str) -> tuple[Split, Split]:
+    """What is left to train on, and a fraction of each class, drawn by seed: photos of one scene on one side, since a
+    head knows the scenes it has seen. Raises UserError (status 1) with the words given where no class has two groups.
+    """
+    held, features = None, split.features
+    labels = features.labels[features.rows]
+    if is_main_process():  # which alone has features
+        groups = near_duplicates(features.gather(features.rows, 0), labels)
+        held = stratified_group_holdout(labels, groups, fraction, seed)
+    held = broadcast(held)
+    if not held.any():
+        raise UserError(none_to_spare, status=1)
+    kept, out = features.only(features.rows[~held]), features.only(features.rows[held])
+    return Split(split.dataset, kept), Split(split.dataset, out)
+
+
+class CrossValidation:
+    """Images assigned to folds, near-duplicates together: what heads make of those they never saw.
+
+    features: (n, V, D); labels, groups, fold: (n,); known: (n,), whose class lies in other folds too.
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor, seed: int):
+        self.features, self.labels, self.seed = features, labels, seed
+        self.groups = near_duplicates(self.features[:, 0], self.labels)
+        self.fold = assign_folds(self.labels, self.groups, seed=seed)
+        self.known = class_in_other_folds(self.labels, self.fold)
+
+    def logits(self, lrs: Sequence[float], batch_size: int) -> Tensor:
+        """Out of fold, of all n images: (n, C)."""
+        num_classes = int(self.labels.max()) + 1
+        return out_of_fold_logits(
+            self.features,
+            self.labels,
+            self.fold,
+            num_classes=num_classes,
+            lrs=lrs,
+            batch_size=batch_size,
+            seed=self.seed,
+        )
+
+
+def cross_val_logits(features: Features, lrs: Sequence[float], hparams: Hyperparameters) -> list[tuple[Tensor, Tensor]]:
+    """Logits and labels out of fold of the images that a head was trained on, at these learning rates; none where they
+    are too many to have in seconds, or too few.
+    """
+    labels = features.labels[features.rows]
+    if len(labels) * (int(labels.max()) + 1) > WORK:
+        return []
+    images = CrossValidation(features.gather(features.rows, slice(None)), labels, hparams.seed)
+    logits, known = images.logits(lrs, hparams.batch_size), images.known
+    return [(logits[known], labels[known])] if known.any() else []

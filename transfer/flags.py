@@ -1,0 +1,120 @@
+"""Flags: the arguments of both commands. Without torch, so that --help and typing errors are answered at once."""
+
+import argparse
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # the recipe's first
+STAGES = ("layer4", "layer3", "all")  # what --unfreeze may name
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not that of a flag whose default is to be off."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        off = action.default is None or action.default is False
+        return action.help if off else super()._get_help_string(action)
+
+
+def int_at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number, at least so large."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and least <= int(text) < 2**31):
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {least}")
+        return int(text)
+
+    return parse
+
+
+def positive_float(text: str) -> float:
+    """An argparse type: a number above 0, whose tenfold (Adam's first step) float32 can hold."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e37:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0 and below 1e37")
+
+
+def open_unit_float(text: str) -> float:
+    """An argparse type: a number between 0 and 1."""
+    if (value := positive_float(text)) < 1:
+        return value
+    raise argparse.ArgumentTypeError(f"'{text}' is not a number between 0 and 1")
+
+
+class NoAugment(argparse.Action):
+    """Ends a command line with the flag that went, in one line."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_) -> None:
+        parser.error("--augment is gone: random views are always trained on; --views 2 trains without them")
+
+
+def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of train.py. Ends the process (status 2) with one line where they are wrong."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--train PATH] [--test PATH] [option ...]",
+        description="Train a classifier of photos in folders or lists: a frozen ResNet with a new head.",
+        epilog="example: python train.py --train photos && python predict.py photo.jpg",
+        formatter_class=Help,
+    )
+    add = parser.add_argument_group("data").add_argument
+    add("--train", type=Path, metavar="PATH", help="a list, or a folder of class folders (train.txt)")
+    add("--test", type=Path, metavar="PATH", help="likewise (test.txt beside it, or a fifth held out)")
+    add("--root", type=Path, default=".", metavar="DIR", help="where the paths in lists begin")
+    add("--classes", type=Path, metavar="FILE", help="class names, one per line (folder names)")
+    add("--val-split", type=open_unit_float, metavar="SHARE", help="choose the epoch on this share of --train")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, default="best.pth", metavar="FILE", help="checkpoint, and a .csv beside it")
+    add("--audit", type=Path, metavar="FILE", help="page of wrong labels, copies, outliers; and a .csv")
+    add = parser.add_argument_group("model").add_argument
+    add("--arch", choices=ARCHITECTURES, default=ARCHITECTURES[0], metavar="NAME", help="resnet18, 34, 50, 101 or 152")
+    add("--weights", metavar="NAME", help="imagenet (default), none, or a FILE that fits --arch")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int_at_least(1), default=20, metavar="N", help="epochs of the head")
+    add("--finetune-epochs", type=int_at_least(0), default=0, metavar="N", help="then of the last stages too")
+    add("--unfreeze", choices=STAGES, default=STAGES[0], metavar="STAGE", help="layer4, layer3 or all")
+    add("--batch-size", type=int_at_least(1), default=64, metavar="N", help="images per training step")
+    add("--lr", type=positive_float, default=0.005, metavar="RATE", help="learning rate of the head")
+    add("--finetune-lr", type=positive_float, default=2e-4, metavar="RATE", help="the stages' highest rate")
+    add("--balance", action="store_true", help="for classes of very unequal size")
+    add("--views", type=int_at_least(1), default=4, metavar="V", help="1: plain, 2: mirrored too, more: random")
+    add("--seed", type=int_at_least(0), default=0, metavar="N", help="random seed: views, head, shuffling")
+    add("--view-seed", type=int_at_least(0), metavar="N", help="views and splits alone (default: --seed)")
+    add("--augment", action=NoAugment, help=argparse.SUPPRESS)
+    add = parser.add_argument_group("running").add_argument
+    add("--cache", type=Path, metavar="DIR", help="keep features: 2 or 8 KB per image and view")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
+    add("--precision", choices=PRECISIONS, default="auto", metavar="NAME", help="auto, float32 or bfloat16")
+    add("--workers", type=int_at_least(0), metavar="N", help="decoding processes (default: one per core)")
+    return parser.parse_args(argv)
+
+
+def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of predict.py. Ends the process (status 2) with one line where they are wrong."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s IMAGE [IMAGE ...] [option ...]",
+        description="Name what is in images; where labels are known, score the answers.",
+        epilog="example: python predict.py test.txt --report report.html",
+        formatter_class=Help,
+    )
+    what = "images, folders, lists ending in .txt, or - for paths on standard input"
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help=what)
+    parser.add_argument("--labelled", action="store_true", help="folders hold class folders: score them")
+    parser.add_argument("--model", type=Path, default="best.pth", metavar="FILE", help="what train.py saved")
+    parser.add_argument("--root", type=Path, default=".", metavar="DIR", help="where the paths in lists begin")
+    add = parser.add_argument_group("output").add_argument
+    add("--top-k", type=int_at_least(1), default=3, metavar="K", help="classes named for each image")
+    add("--min-prob", type=open_unit_float, metavar="P", help="below this an image is named unknown")
+    add("--format", choices=("text", "csv", "json"), default="text", metavar="NAME", help="text, csv or json")
+    add("--report", type=Path, metavar="FILE", help="page of the mistakes, where labels are known")
+    add = parser.add_argument_group("running").add_argument
+    add("--mirror", action="store_true", help="also look at the mirrored photo, in twice the time")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
+    add("--batch-size", type=int_at_least(1), metavar="N", help="images at a time (default: by device)")
+    add("--workers", type=int_at_least(0), metavar="N", help="decoding processes (default: one per core)")
+    args = parser.parse_args(argv)
+    if "-" in args.images and len(args.images) > 1:
+        parser.error("- stands alone: other images can come on standard input too")
+    return args

@@ -1,0 +1,222 @@
+"""The audit's page: what it found, kind by kind, with the photos, the classes' sizes, and whether more would help."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from transfer.audit.audit import Audit
+from transfer.audit.findings import AuditSplit, Finding, save_findings
+from transfer.audit.label_errors import LabelQuality
+from transfer.audit.learning_curve import Curve
+from transfer.console import plural, printable
+from transfer.files import save_atomically, with_table
+from transfer.pages.html import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    axes,
+    class_table,
+    escape,
+    page,
+    svg,
+    svg_line,
+    svg_text,
+    thumbnail,
+)
+
+SHOWN = 24  # findings of a kind
+FEW_POINTS = 0.01  # of accuracy, that are not worth the double of photos
+TITLES = {
+    "label": "Labels that are probably wrong",
+    "conflict": "One photo, two labels",
+    "leak": "Test photos that are also training photos",
+    "duplicate": "Photos that are there twice",
+    "outlier": "Strange photos",
+}
+WORDS = {
+    "conflict": "The same photo, perhaps resized, recompressed, cropped or mirrored, with two labels. One of them is "
+    "wrong: probably the first.",
+    "leak": "The same photo in both lists makes the test accuracy look better than it is: remove it from one of them.",
+    "duplicate": "The same photo twice with one label counts twice in training. Different photos of one scene are not "
+    "meant: they do no harm.",
+    "outlier": "Far from every training photo, by the distance to its 8th nearest: perhaps a screenshot or another "
+    "subject, put there by mistake, perhaps a rare but right photo.",
+}
+
+
+# Findings
+
+
+def place_of(split: AuditSplit, place: int) -> str:
+    """Where an image stands; a click selects its path."""
+    line = split.line(place)
+    where = "" if line is None else f"{escape(split.image_list.name)}:{line} "
+    return f'<p class="path">{where}<span class="copy">{escape(split.path(place))}</span></p>'
+
+
+def finding_card(finding: Finding, classes: Sequence[str]) -> str:
+    """A finding with its photo, or with both, its label, and what it might be instead."""
+    label = escape(classes[finding.label])
+    picture = thumbnail(finding.path, f"labelled {label}")
+    caption = f"labelled <b>{label}</b>"
+    where, guess = place_of(finding.split, finding.place), ""
+    if finding.other:
+        split, place = finding.other
+        other = escape(classes[int(split.labels[place])])
+        caption = f"both {caption}" if other == label else f"{caption} and <b>{other}</b>"
+        picture = f'<div class="twins">{picture}{thumbnail(finding.other_path, f"labelled {other}")}</div>'
+        where += place_of(split, place)
+    elif finding.suggestion is not None:
+        name = escape(classes[finding.suggestion])
+        guess = f'<div class="guess wrong"><span title="{name}">{name}?</span><span>{finding.score:.0%}</span>'
+        guess += f'<i style="--share:{finding.score:.1%}"></i></div>'
+    kind = "card twin" if finding.other else "card"
+    return f'<li class="{kind}">{picture}<div><p class="true">{caption}</p>{guess}</div>{where}</li>'
+
+
+def label_words(quality: LabelQuality, name: str, images: int) -> str:
+    """How many labels of a list are probably wrong, and how many of such errors the model can find at all."""
+    power = f"Of wrong labels it finds about {10 * quality.power:.0f} in 10"
+    if quality.weak:
+        return f"<p>{escape(name)}: not checked. The model knows these classes too little. {power}.</p>"
+    return (
+        f"<p>{escape(name)}: {plural(len(quality.suspects), 'label')} of {images:,} probably wrong. "
+        f"Estimate: {quality.noise_rate:.1%} of the labels are wrong. {power}.</p>"
+    )
+
+
+def findings_section(audit: Audit, kind: str, classes: Sequence[str], table: str) -> str:
+    found = audit.of_kind(kind)
+    parts = [f"<p>{WORDS[kind]}</p>"] if found and kind in WORDS else []
+    if kind == "label":
+        parts += [
+            label_words(quality, split.image_list.name, len(split.rows))
+            for split, quality in zip((audit.train, audit.test), audit.qualities, strict=True)
+        ]
+    if not found:
+        return "".join(parts) or "<p>None found.</p>"
+    if len(found) > SHOWN:
+        parts.append(f"<p>The {SHOWN} most certain of {len(found):,}; all are in {escape(table)}.</p>")
+    return f'{"".join(parts)}<ul class="cards">{"".join(finding_card(each, classes) for each in found[:SHOWN])}</ul>'
+
+
+# Classes
+
+
+def balance_table(audit: Audit, classes: Sequence[str]) -> str:
+    """One row per class, the smallest first: its training and test images, and its labels that are probably wrong."""
+    train, test = (split.labels.bincount(minlength=len(classes)).tolist() for split in (audit.train, audit.test))
+    suspects = [0] * len(classes)
+    for finding in audit.of_kind("label"):
+        suspects[finding.label] += 1
+    largest, smallest = max(train), min(train)
+    order = sorted(range(len(classes)), key=lambda label: (train[label], label))
+    rows = [
+        (classes[label], train[label] / largest, [f"{column[label]:,}" for column in (train, test, suspects)])
+        for label in order
+    ]
+    heads = ("Class", "Training images", "Test images", "Probably wrong labels")
+    times = f"{largest / smallest:.1f} times" if smallest else "any number of times"
+    return (
+        f"<p>The smallest first. The largest class has {largest:,} training images, {times} the smallest’s.</p>"
+        f"{class_table('balance', heads, rows, len(classes))}"
+    )
+
+
+# More photos
+
+
+def curve_words(curve: Curve, classes: Sequence[str]) -> str:
+    """What twice the photos would give, as far as the curve shows, and for which classes."""
+    now, ahead = float(curve.accuracy[-1].mean()), curve.doubled()
+    expected = sum(ahead) / len(ahead)
+    spread = f" ({min(ahead):.1%} to {max(ahead):.1%} by the draw)"
+    verdict = f"Twice the photos would give about <b>{expected:.1%}</b>{spread} instead of {now:.1%}"
+    if expected - now < FEW_POINTS:
+        verdict = f"Hardly: twice the photos would give about <b>{expected:.1%}</b>{spread}, and these give {now:.1%}"
+    grown = [f"{escape(classes[label])} (+{100 * gain:.0f} points)" for label, gain in curve.growing()[:5]]
+    where = "no single class would gain most"
+    if grown:
+        where = f"these classes gained most by the last doubling: {', '.join(grown)}"
+    return (
+        f"<p>{verdict}, if the curve goes on as it went; {where}. Each point is the accuracy on photos that were not "
+        "trained on (cross-validated); it may be below the test accuracy.</p>"
+    )
+
+
+def curve_chart(curve: Curve) -> str:
+    """Accuracy by training images, on a logarithmic axis, and the double of all as a dashed line."""
+    sizes = [*curve.sizes, 2 * curve.sizes[-1]]
+    first, extent = math.log(sizes[0]), math.log(sizes[-1] / sizes[0])
+    xs = [LEFT + 14 + (RIGHT - LEFT - 28) * (math.log(size) - first) / extent for size in sizes]
+    means = curve.accuracy.mean(1).tolist()
+    expected = sum(curve.doubled()) / curve.accuracy.shape[1]
+
+    def y(share: float) -> float:
+        return BOTTOM - share * (BOTTOM - TOP)
+
+    across = [((x - LEFT) / (RIGHT - LEFT), f"{size:,}") for x, size in zip(xs, sizes, strict=True)]
+    parts = [axes(across, [(tick / 5, f"{tick / 5:.0%}") for tick in range(6)], "training images")]
+    points = [f"{x:.1f} {y(mean):.1f}" for x, mean in zip(xs, means)]
+    parts.append(f'<path class="line blue" d="M{points[0]}L{"L".join(points[1:])}"/>')
+    parts.append(svg_line((xs[-2], y(means[-1])), (xs[-1], y(expected)), "line blue dash"))
+    for x, draws in zip(xs, curve.accuracy.tolist()):
+        parts += [f'<circle class="blue" cx="{x:.1f}" cy="{y(each):.1f}" r="3"/>' for each in draws]
+    for x, mean in zip(xs, [*means, expected]):
+        parts.append(svg_text(x, y(mean) - 14, f"{mean:.0%}", "mid ink"))
+    label = "Cross-validated accuracy by training images: "
+    label += ", ".join(f"{mean:.1%} of {size:,}" for size, mean in zip(sizes, [*means, expected], strict=True))
+    return f"<figure>{svg(WIDTH, HEIGHT, f'{label}, the last as expected', ''.join(parts))}</figure>"
+
+
+def curve_section(curve: Curve | None, classes: Sequence[str]) -> str:
+    if curve is None:
+        return "<p>Too few photos to tell: half of them must leave two per class.</p>"
+    key = (
+        '<p class="key"><span><i class="blue"></i>mean of the draws</span>'
+        '<span><i class="blue dash"></i>as it would go on</span></p>'
+    )
+    return f"{curve_words(curve, classes)}{key}{curve_chart(curve)}"
+
+
+# The page
+
+
+def save_audit(path: Path, audit: Audit, classes: Sequence[str], model: Path) -> str:
+    """Draw the audit of both lists, and write its findings beside it. Returns what was found, in words.
+
+    Raises UserError (status 1).
+    """
+    lists = " and ".join(escape(split.image_list.name) for split in (audit.train, audit.test))
+    counts = {kind: len(audit.of_kind(kind)) for kind in TITLES}
+    copies = counts["conflict"] + counts["leak"] + counts["duplicate"]
+    figures = (
+        ("Probably wrong labels", "labels", counts["label"]),
+        ("Copies", "copies", copies),
+        ("Outliers", "outliers", counts["outlier"]),
+    )
+    stats = "".join(
+        f'<div><p class="name">{name}</p><span class="big" id="{key}">{count:,}</span></div>'
+        for name, key, count in figures
+    )
+    _, table = with_table(path)
+    header = (
+        f'<p class="eyebrow">Photo audit</p><h1>{lists}</h1><p class="lede">{len(audit.train.rows):,} training and '
+        f"{len(audit.test.rows):,} test images of {len(classes):,} classes, checked with {escape(model)}’s network. "
+        f'All findings, one row each: {escape(table)}.</p><div class="stats even">{stats}</div>'
+    )
+    sections = [(TITLES[kind], findings_section(audit, kind, classes, str(table)), "") for kind in TITLES]
+    sections.append(("Would more photos help?", curve_section(audit.curve, classes), "whole"))
+    sections.append(("Classes", balance_table(audit, classes), "whole"))
+    found = plural(sum(counts.values()), "finding")
+    save_findings(table, audit.findings, classes)
+    save_atomically(path, page(f"Audit of {lists}: {found}", header, sections).encode())
+    words = (
+        plural(counts["label"], "probably wrong label"),
+        f"{copies:,} copies",
+        plural(counts["outlier"], "strange photo"),
+    )
+    return f"{printable(path)} and {printable(table)}: {', '.join(words)}"

@@ -232,8 +232,8 @@ def test_with_a_cache_an_audit_makes_no_pass(few, tiny, decoded):
     ("path", "error"),
     [
         ("missing/look.html", "missing/look.html: can't write in missing ({}); name a file in another folder"),
-        ("best.html", "best.csv: is written by this run already; name another file"),
-        ("look.csv", "look.csv: is written by this run already; name another file"),
+        ("best.html", "best.html: best.csv is written by this run already; name another file"),
+        ("look.csv", "look.csv: look.csv is written by this run already; name another file"),
         ("red", "red: is a directory; name a file"),
         ("train.txt", "train.txt: is read by this run; name another file to write"),
     ],

@@ -8,8 +8,8 @@ on stdout: its path, then the likeliest classes with their probabilities. For li
 with labels it then prints the accuracy of each class, and can draw a report.
 """
 
-from transfer import guard_imports
 from transfer.flags import parse_predict_args
+from transfer.signals import guard_imports
 
 if __name__ == "__main__":  # before torch's import, which takes seconds: Ctrl-C, --help and typing errors
     guard_imports()

@@ -13,8 +13,8 @@ then trains the head on those, in milliseconds. `predict.py` uses the result.
 This file is the recipe; what it stands on is in transfer/, one subject a file.
 """
 
-from transfer import guard_imports
 from transfer.flags import parse_train_args
+from transfer.signals import guard_imports
 
 if __name__ == "__main__":  # before torch's import, which takes seconds: Ctrl-C, --help and typing errors
     guard_imports()
@@ -55,6 +55,7 @@ from transfer.lists import ImageList
 from transfer.metrics import MetricMeter, Metrics, class_weights
 from transfer.pages.audit_page import save_audit
 from transfer.pretrained import load_pretrained
+from transfer.signals import check_stop
 from transfer.training import FeatureLoader, Hyperparameters, Loaders
 
 EVAL_BATCH = 1024  # features at a time
@@ -186,6 +187,7 @@ def train_one_epoch(
     """
     meter = MetricMeter(model)
     for step, (inputs, labels) in enumerate(loader, 1):
+        check_stop()
         logits = model(inputs)
         loss = criterion(logits, labels) / len(labels)
         optimizer.zero_grad()
@@ -206,6 +208,7 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Metri
     # Not through DistributedDataParallel: a rank may have nothing to evaluate, and would miss from its forward pass.
     network, meter = unwrap(model), MetricMeter(model)
     for inputs, labels in loader:
+        check_stop()
         logits = network(inputs)
         meter.update(nn.functional.cross_entropy(logits, labels, reduction="sum").item(), logits, labels)
     return meter.compute()

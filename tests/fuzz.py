@@ -188,7 +188,62 @@ def kills() -> tuple:
     return [b"any"], EDGES, check
 
 
-KINDS = {"images": images, "lists": lists, "checkpoints": checkpoints, "kills": kills}
+def signals() -> tuple:
+    conftest.make_photos(Path(), per_class=40)
+
+    def check(content: bytes) -> None:
+        """Start training, send SIGTERM or SIGINT at a random moment after the header's first line: one line, within 10
+        seconds, with both cores busy. Half of the moments are in the second in which the workers start.
+        """
+        chance = random.Random(content)
+        number = chance.choice([signal.SIGTERM, signal.SIGINT])
+        with open("out", "wb") as out, open("err", "wb") as err:
+            pid = os.fork() or train_for_ever(out.fileno(), err.fileno())
+        busy = [forked(spin) for _ in range(os.cpu_count())]
+        patience = time.monotonic() + HANG
+        while not os.path.getsize("out"):
+            assert time.monotonic() < patience, "the run prints nothing"
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, chance.choice([0.5, 6])))
+        os.kill(pid, number)
+        patience, ended = time.monotonic() + 10, 0
+        while not ended and time.monotonic() < patience:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            time.sleep(0.01)
+        for each in [*busy, *([] if ended else [pid])]:
+            os.kill(each, signal.SIGKILL)
+            os.waitpid(each, 0)
+        assert ended, f"{number.name} was lost"
+        lines = Path("err").read_text().splitlines()
+        assert os.waitstatus_to_exitcode(status) == 128 + number, lines
+        by = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
+        assert lines == [f"stopped by {by}; what was saved is whole"], lines
+
+    return [b"any"], EDGES, check
+
+
+def spin() -> None:
+    end = time.monotonic() + 2 * HANG
+    while time.monotonic() < end:
+        pass
+
+
+def train_for_ever(out: int, err: int) -> None:
+    """In a forked process: endless epochs with two workers; exits as a script does."""
+    try:
+        torch.set_num_threads(1)  # a thread pool does not survive a fork
+        signal.alarm(0)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        train.main(["--weights", "none", "--workers", "2", "--epochs", "1000000", "--precision", "float32"])
+    except SystemExit as stop:
+        os._exit(stop.code)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)
+
+
+KINDS = {"images": images, "lists": lists, "checkpoints": checkpoints, "kills": kills, "signals": signals}
 
 
 def try_seed(kind: tuple, seed: int) -> None:

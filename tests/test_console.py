@@ -120,8 +120,9 @@ def test_ctrl_c_a_moment_after_the_start_shows_no_traceback(script):
 
 def test_where_ctrl_c_is_ignored_as_in_the_background_it_stays_so():
     code = (
-        "import signal, transfer; signal.signal(signal.SIGINT, signal.SIG_IGN);"
-        "transfer.guard_imports(); signal.raise_signal(signal.SIGINT); transfer.unguard_imports();"
+        "import signal; from transfer import signals; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "signals.guard_imports()\n"
+        "with signals.stop_on_signals(): signal.raise_signal(signal.SIGINT)\n"
         "signal.raise_signal(signal.SIGINT); print('still here')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

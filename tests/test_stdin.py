@@ -64,7 +64,7 @@ def pipe(model, quick_model, monkeypatch, tmp_path):
                         assert answered.acquire(timeout=30)
                     before_next()
 
-        monkeypatch.setattr("transfer.backbone.ignore_interrupts", set_up)
+        monkeypatch.setattr("transfer.backbone.start_worker", set_up)
         monkeypatch.setattr(StdinPaths, "mark_answered", lambda self: (original(self), answered.release()))
         with open(ours, "rb") as source:
             monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(source))
@@ -89,7 +89,7 @@ def test_few_piped_paths_start_no_workers(pipe):
     assert pipe(["red.png"], ["green.png"] * 8) == (["red.png", *["green.png"] * 8], "", [])
 
 
-DIED = "warning: a worker died: out of memory, or /dev/shm is too small (docker run --shm-size=1g); going on"
+DIED = "warning: a decoding process died, perhaps out of memory; going on"
 
 
 @pytest.mark.usefixtures("impatient")

@@ -5,14 +5,16 @@ import copy
 import functools
 import itertools
 import math
-import shutil
+import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from multiprocessing.queues import Queue
 from operator import itemgetter
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -20,16 +22,18 @@ from torchvision import transforms as T
 
 from transfer.console import UserError, out_of_memory, warn, warn_once
 from transfer.device import Compute
+from transfer.signals import hold_signals, leave_signals_to_parent
 
 NORMALIZE = T.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])  # ImageNet's
 # On a CPU, of 4 to 32 views at a time, 8 pass fastest (measured, one thread): more than that outgrow its caches.
 PASS_BATCH = {"cpu": 8, "cuda": 256, "mps": 64}
-# Views that a worker hands over at a time where they travel as pixels, 5 MB: containers have 64 MB of shared memory.
-PART_VIEWS, VIEW_BYTES = 32, 224 * 224 * 3
+PART_VIEWS = 32  # that a worker hands over at a time where they travel as pixels: 5 MB
 # A forked worker starts at once; a spawned one imports torch first, but is safe everywhere.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 # Row numbers, values (n, ...) or (n, per_image, ...), and the reasons by row of what can't be read.
 Embedded = tuple[list[int], Tensor, dict[int, str]]
+# The same as it travels from a worker: the values as bytes, and their dtype, since numpy has no bfloat16.
+Packed = tuple[list[int], np.ndarray, torch.dtype, dict[int, str]]
 READING_VERSION = 2  # of how images become numbers, up to `embed`: raise it and no cached feature is used
 
 
@@ -57,8 +61,7 @@ def embed(module: nn.Module, views: Tensor, compute: Compute) -> Tensor:
     """What an `inference_copy` gives for uint8 views (N, 224, 224, 3), on its device and in its dtype."""
     device = compute.device
     # NORMALIZE, for bytes and along whole rows of pixels: four times as fast as over three channels.
-    # Copies that do not block are sound from pinned memory, which only CUDA has.
-    rows = views.to(device, non_blocking=device.type == "cuda").flatten(2).float()  # (N, 224, 672)
+    rows = views.to(device).flatten(2).float()  # (N, 224, 672)
     mean, std = (255 * torch.tensor(three).repeat(views.shape[2]) for three in (NORMALIZE.mean, NORMALIZE.std))
     rows.sub_(mean.to(device)).div_(std.to(device))
     # Seen as (N, 3, 224, 224) the numbers lie in channels_last order already.
@@ -67,27 +70,53 @@ def embed(module: nn.Module, views: Tensor, compute: Compute) -> Tensor:
 
 def collate(
     samples: Sequence[tuple[int, Tensor | str]], embed_views: Callable[[Tensor], Tensor] | None = None
-) -> tuple[list[int], Tensor, dict[int, str]]:
+) -> Packed:
     """Row numbers of what could be read, its views (n * V, 224, 224, 3) or what `embed_views` gives for them,
     and the reasons by row number of the rest.
+
+    An array goes through the worker's pipe. A tensor would go through shared memory, which a container may lack, and a
+    socket below TMPDIR, whose path may be too long for one.
     """
     good = [(index, views) for index, views in samples if isinstance(views, Tensor)]
     bad = {index: reason for index, reason in samples if isinstance(reason, str)}
     views = torch.cat([views for _, views in good]) if good else torch.empty(0)
-    return [index for index, _ in good], embed_views(views) if embed_views and good else views, bad
+    values = embed_views(views) if embed_views and good else views
+    return [index for index, _ in good], values.contiguous().view(torch.uint8).numpy(), values.dtype, bad
 
 
-def ignore_interrupts(_: int) -> None:
-    """Ctrl-C reaches the whole process group: workers leave it to the parent, which ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def notice_deaths_while_waiting() -> None:
-    """A worker's death is noticed by its DataLoader within five seconds of waiting for it, where it can be handled:
-    not at once by torch's signal handler, which raises wherever this process is, as in printing an earlier result.
+def start_worker(_: int) -> None:
+    """What a worker does first. An error in the thread that sends its results would leave the parent waiting for ever:
+    it ends the worker, which the parent notices.
     """
-    with contextlib.suppress(ValueError, AttributeError):  # not the main thread, or Windows: there is no handler
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    leave_signals_to_parent()
+    Queue._on_queue_feeder_error = staticmethod(end_worker)
+
+
+def end_worker(error: BaseException, _: object) -> None:
+    os.write(2, f"a worker can't send its results: {error}\n".encode(errors="backslashreplace"))
+    os._exit(1)
+
+
+def start_workers(loader: DataLoader) -> Iterator[Packed]:
+    """The loader's iterator, its workers running. Raises OSError where the system lets none run.
+
+    A worker's death is noticed by its DataLoader within five seconds of waiting for it, where it can be handled: not at
+    once by torch's signal handler, which raises wherever this process is, as in printing an earlier result.
+    """
+    if loader.num_workers:
+        loader.multiprocessing_context.Lock()  # tried first: a DataLoader that fails in this complains as it is freed
+    with hold_signals():
+        batches = iter(loader)
+        with contextlib.suppress(ValueError, AttributeError):  # not the main thread, or Windows: there is no handler
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return batches
+
+
+def is_worker_death(error: Exception) -> bool:
+    """Whether a DataLoader's error tells of a worker that died, lacks memory or can't start; not of a bug in one."""
+    if "Caught " in str(error):  # with the worker's own traceback
+        return isinstance(error, MemoryError) or out_of_memory(error)
+    return not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)
 
 
 def with_oom_retry(embed_views: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -125,8 +154,6 @@ def embed_dataset(
     """
     part = batch_size if compute.device.type == "cpu" else min(batch_size, max(1, PART_VIEWS // per_image))
     done, workers = 0, min(compute.workers, math.ceil(len(rows) / part))
-    if compute.device.type != "cpu":
-        workers = min(workers, workers_with_room(part * per_image))
 
     def remaining() -> Iterator[Sequence[int]]:
         for start in range(done, len(rows), batch_size):
@@ -139,24 +166,12 @@ def embed_dataset(
         done += len(batch[0]) + len(batch[2])
 
 
-def workers_with_room(views: int) -> int:
-    """How many workers have room in shared memory for what they hand over: each two such parts, and one in use."""
-    try:
-        free = shutil.disk_usage("/dev/shm").free
-    except OSError:  # not Linux: it is main memory
-        return sys.maxsize
-    return free // (3 * views * VIEW_BYTES)
-
-
-def join_parts(embedded: Iterator[Embedded], parts: int, device: torch.device) -> Iterator[Embedded]:
-    """So many parts of views as one batch, on the device; of what travels as features each part is one."""
-    while some := list(itertools.islice(embedded, parts)):
-        if parts == 1:
-            yield some[0]
-            continue
-        views = [values.to(device, non_blocking=device.type == "cuda") for rows, values, _ in some if rows]
+def unpack(batches: Iterator[Packed], parts: int) -> Iterator[Embedded]:
+    """So many parts of views as one batch of tensors; of what travels as features each part is one."""
+    while some := list(itertools.islice(batches, parts)):
+        values = [torch.from_numpy(array).view(dtype) for rows, array, dtype, _ in some if rows]
         reasons = {row: reason for *_, bad in some for row, reason in bad.items()}
-        yield [row for rows, *_ in some for row in rows], torch.cat(views) if views else torch.empty(0), reasons
+        yield [row for rows, *_ in some for row in rows], torch.cat(values) if values else torch.empty(0), reasons
 
 
 def view_loader(dataset: Dataset, batches: Iterator[Sequence], collate_fn: Callable, compute: Compute) -> DataLoader:
@@ -166,8 +181,7 @@ def view_loader(dataset: Dataset, batches: Iterator[Sequence], collate_fn: Calla
         batch_sampler=batches,
         num_workers=compute.workers,
         collate_fn=collate_fn,
-        pin_memory=compute.device.type == "cuda",
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=start_worker,
         multiprocessing_context=START_METHOD if compute.workers else None,
     )
 
@@ -195,22 +209,21 @@ def embed_batches(
     workers, finished = compute.workers, False
     while not finished:
         loader = view_loader(dataset, batches(), collate_fn, replace(compute, workers=workers))
-        embedded = None
+        packed = None
         try:
-            embedded = iter(loader)
-            notice_deaths_while_waiting()
-            for rows, values, bad in join_parts(embedded, parts, compute.device):
+            packed = start_workers(loader)
+            for rows, values, bad in unpack(packed, parts):
                 values = embed_here(values) if embed_here and rows else values
                 yield rows, values.unflatten(0, (-1, per_image)) if per_image > 1 and rows else values, bad
             finished = True
-        except (RuntimeError, OSError, EOFError) as error:  # the last two where it dies as its results are fetched
-            if not workers or isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        except (RuntimeError, MemoryError, OSError, EOFError) as error:  # the last two where it dies while it sends
+            if not workers or not is_worker_death(error):
                 raise
             workers //= 2
             rest = f"with {workers}" if workers else "without"
-            warn(f"a worker died: out of memory, or /dev/shm is too small (docker run --shm-size=1g); going on {rest}")
+            warn(f"a decoding process died, perhaps out of memory; going on {rest}")
             traceback.clear_frames(error.__traceback__)
-            del embedded  # ends the other workers now, not with the next garbage
+            del packed  # ends the other workers now, not with the next garbage
 
 
 def unbatch(batches: Iterable[Embedded]) -> Iterator[tuple[int, Tensor | str]]:

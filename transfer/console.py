@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from transfer import unguard_imports
 from transfer.distributed import get_rank, is_distributed
+from transfer.signals import NAMES, check_stop, status_of, stop_on_signals
 
 SHOWN_PROBLEMS = 10
 
@@ -84,32 +84,13 @@ def warn_once(text: str) -> None:
 
 
 @contextlib.contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt(143) in here, as Ctrl-C raises its own."""
-
-    def terminate(*_) -> None:
-        if hasattr(signal, "SIGCHLD"):  # sent to the whole group, as by `timeout`, it ends the workers too: no news
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        raise KeyboardInterrupt(143)
-
-    with contextlib.suppress(ValueError):  # not the main thread: the caller owns the signals
-        signal.signal(signal.SIGTERM, terminate)
-        unguard_imports()
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):  # from here on it ends the process, and nothing is left to tell
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-@contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn user errors, Ctrl-C and SIGTERM into a line and an exit status; bugs keep their traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name never crashes an ASCII terminal
     try:
-        with sigterm_interrupts():
+        with stop_on_signals():
             yield
     except UserError as error:
         # Each rank for itself: torchrun may end the others before they come to it, and some see other files.
@@ -129,9 +110,9 @@ def one_line_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt as stop:
-        status = stop.args[0] if stop.args else 130
+        status = stop.args[0] if stop.args else status_of(signal.SIGINT)
         if get_rank() == 0:
-            print(f"stopped by {'SIGTERM' if status == 143 else 'Ctrl-C'}; what was saved is whole", file=sys.stderr)
+            print(f"stopped by {NAMES[status - 128]}; what was saved is whole", file=sys.stderr)
         sys.exit(status)
 
 
@@ -156,6 +137,8 @@ class Progress:
         self.start_time = self.printed = time.perf_counter()
 
     def add(self, count: int) -> None:
+        """So many more are done. Raises KeyboardInterrupt as `check_stop` does."""
+        check_stop()
         self.done += count
         now, tenths = time.perf_counter(), 10 * self.done // self.total
         if get_rank():

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transfer.console import UserError
 from transfer.distributed import broadcast, is_main_process
 from transfer.features import Features, Split
+from transfer.signals import check_stop
 from transfer.training import Hyperparameters, epoch_views
 
 CHANCE = 0.001  # of the pairs of different classes, the share that is more alike than what counts as near-duplicates
@@ -172,6 +173,7 @@ def train_fold_heads(
         optimizer.param_groups[0]["lr"] = lr
         views = torch.tensor(epoch_views(epoch, features.shape[1]))
         for batch in torch.randperm(len(train_rows) * len(views), generator=generator).split(drawn):
+            check_stop()
             rows, view = train_rows[batch // len(views)], views[batch % len(views)]
             logits = torch.addmm(bias, features[rows, view], weights).view(len(rows) * heads, num_classes)
             losses = F.cross_entropy(logits, labels[rows].repeat_interleave(heads), reduction="none")

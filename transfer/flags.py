@@ -2,8 +2,12 @@
 
 import argparse
 import contextlib
+import difflib
+import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # the recipe's first
 STAGES = ("layer4", "layer3", "all")  # what --unfreeze may name
@@ -16,6 +20,37 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         off = action.default is None or action.default is False
         return action.help if off else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends a wrong command line in one line, which names the nearest flag or path where there is one."""
+
+    def __init__(self, usage: str, description: str, epilog: str):
+        # No abbreviations: a slip of the pen would be taken for another flag.
+        super().__init__(usage=usage, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+    def parse(self, argv: Sequence[str] | None, path_flag: str | None = None) -> argparse.Namespace:
+        """The arguments; path_flag: what a path that stands alone was probably meant for."""
+        args, rest = self.parse_known_args(argv)
+        for text in rest:
+            if text.startswith("-"):
+                name = text.split("=")[0]
+                near = difflib.get_close_matches(name, self._option_string_actions, 1)
+                self.exit(2, f"error: there is no flag {name}{f'; did you mean {near[0]}?' if near else ''}\n")
+            self.exit(2, f"error: {self.explain_path(args, text, path_flag)}\n")
+        return args
+
+    def explain_path(self, args: argparse.Namespace, text: str, path_flag: str | None) -> str:
+        """What to do about an argument that belongs to no flag."""
+        for name, value in vars(args).items():
+            if isinstance(value, str | Path) and os.path.exists(whole := f"{value} {text}"):
+                return f"a path with spaces needs quotes: --{name.replace('_', '-')} {shlex.quote(whole)}"
+        if path_flag and os.path.exists(text):
+            return f"did you mean {path_flag} {shlex.quote(text)}?"
+        return f"'{text}' belongs to no flag; a path with spaces needs quotes"
 
 
 def int_at_least(least: int) -> Callable[[str], int]:
@@ -48,16 +83,17 @@ class NoAugment(argparse.Action):
     """Ends a command line with the flag that went, in one line."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_) -> None:
-        parser.error("--augment is gone: random views are always trained on; --views 2 trains without them")
+        parser.exit(
+            2, "error: --augment is gone: random views are trained on by default; --views 2 trains without them\n"
+        )
 
 
 def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of train.py. Ends the process (status 2) with one line where they are wrong."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="%(prog)s [--train PATH] [--test PATH] [option ...]",
         description="Train a classifier of photos in folders or lists: a frozen ResNet with a new head.",
         epilog="example: python train.py --train photos && python predict.py photo.jpg",
-        formatter_class=Help,
     )
     add = parser.add_argument_group("data").add_argument
     add("--train", type=Path, metavar="PATH", help="a list, or a folder of class folders (train.txt)")
@@ -88,20 +124,20 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
     add("--precision", choices=PRECISIONS, default="auto", metavar="NAME", help="auto, float32 or bfloat16")
     add("--workers", type=int_at_least(0), metavar="N", help="decoding processes (default: one per core)")
-    return parser.parse_args(argv)
+    return parser.parse(argv, path_flag="--train")
 
 
 def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of predict.py. Ends the process (status 2) with one line where they are wrong."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="%(prog)s IMAGE [IMAGE ...] [option ...]",
         description="Name what is in images; where labels are known, score the answers.",
         epilog="example: python predict.py test.txt --report report.html",
-        formatter_class=Help,
     )
     what = "images, folders, lists ending in .txt, or - for paths on standard input"
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=what)
     parser.add_argument("--labelled", action="store_true", help="folders hold class folders: score them")
+    parser.add_argument("--labeled", dest="labelled", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, default="best.pth", metavar="FILE", help="what train.py saved")
     parser.add_argument("--root", type=Path, default=".", metavar="DIR", help="where the paths in lists begin")
     add = parser.add_argument_group("output").add_argument
@@ -114,7 +150,7 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
     add("--batch-size", type=int_at_least(1), metavar="N", help="images at a time (default: by device)")
     add("--workers", type=int_at_least(0), metavar="N", help="decoding processes (default: one per core)")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     if "-" in args.images and len(args.images) > 1:
         parser.error("- stands alone: other images can come on standard input too")
     return args

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from transfer.signals import check_stop
+
 NEAREST = 8  # neighbours of an image that are looked at
 TILE = 4096  # rows of either side of a product at a time: 64 MB
 
@@ -20,6 +22,7 @@ def nearest(queries: Tensor, keys: Tensor, itself: bool = False) -> tuple[Tensor
         block = queries[start : start + TILE]
         near, places = block.new_empty(len(block), 0), torch.empty(len(block), 0, dtype=torch.int64)
         for first in range(0, len(keys), TILE):
+            check_stop()
             tile, tile_squares = keys[first : first + TILE], squares[first : first + TILE]
             # Less the block's own squares, which are the same for all keys.
             found = torch.stack(

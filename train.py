@@ -45,7 +45,7 @@ from transfer.console import UserError, one_line_errors
 from transfer.crossval import cross_val_logits, group_split
 from transfer.data import Data, hold_out_test, load_data
 from transfer.device import Compute, pick_compute
-from transfer.distributed import end_distributed, init_distributed, is_main_process, on_main_process
+from transfer.distributed import broadcast, end_distributed, gather, init_distributed, is_main_process, on_main_process
 from transfer.features import Split, Splits, extract_features, warn_on_leakage
 from transfer.files import prepare_outputs
 from transfer.finetune import FineTuning, prepare_finetuning, unwrap
@@ -300,17 +300,26 @@ def fine_tune(
 # The best epoch
 
 
+def best_val_logits(model: nn.Module, finetuned: FineTuning | None, val: Split) -> tuple[Tensor, Tensor] | None:
+    """Logits (N, C) and labels (N,) of the images that chose the best epoch, of all ranks on rank 0; None on the others.
+
+    finetuned: None where the best epoch is the head's.
+    """
+    every = math.ceil(len(val.features.rows) / MAX_IMAGES)
+    if finetuned:  # each rank has images of its own
+        shares = gather(collect_logits(unwrap(finetuned.network), finetuned.loaders.val, every))
+        return shares and tuple(torch.cat(parts) for parts in zip(*shares, strict=True))
+    return collect_logits(model.fc.cpu(), FeatureLoader(val.features, EVAL_BATCH), every) if is_main_process() else None
+
+
 def calibrate_best(
-    model: nn.Module, finetuned: FineTuning | None, splits: Splits, hparams: Hyperparameters, *, history: History
+    model: nn.Module, val_logits: tuple[Tensor, Tensor], splits: Splits, hparams: Hyperparameters, *, history: History
 ) -> float:
-    """Divide the head by the temperature that fits the best epoch, and return that. finetuned: None for a head's."""
-    if finetuned:
-        logit_sets = [collect_logits(unwrap(finetuned.network), finetuned.loaders.val, MAX_IMAGES)]
-    else:
-        val_loader = FeatureLoader(splits.val.features, hparams.batch_size)
-        logit_sets = [collect_logits(model.fc.cpu(), val_loader, MAX_IMAGES)]
-        if splits.val is not splits.test:  # its images are few to fit a number on, and training has more
-            logit_sets += cross_val_logits(splits.train.features, history.lrs(), hparams)
+    """Divide the head by the temperature that fits the best epoch, and return that."""
+    logit_sets = [val_logits]
+    # A validation split's images are few to fit a number on, and training has more.
+    if splits.val is not splits.test and history.best_epoch <= hparams.epochs:
+        logit_sets += cross_val_logits(splits.train.features, history.lrs(), hparams)
     return calibrate(model.fc, logit_sets)
 
 
@@ -353,10 +362,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         fine_tune(finetuned, criterion, hparams, history=history, checkpointer=checkpointer)
 
     # The best epoch is calibrated, tested and audited.
+    finetuned = finetuned if broadcast(history.best_epoch > args.epochs) else None
+    checkpointer.restore()
+    val_logits = best_val_logits(model, finetuned, splits.val)
     if is_main_process():
-        finetuned = finetuned if history.best_epoch > args.epochs else None
-        checkpointer.restore()
-        temperature = calibrate_best(model, finetuned, splits, hparams, history=history)
+        temperature = calibrate_best(model, val_logits, splits, hparams, history=history)
         checkpointer.save(history.best_epoch, history.best, temperature)
         print_result(history, data, pretrained, start_time)
         if args.val_split or args.audit:

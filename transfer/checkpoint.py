@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from transfer.architectures import arch_title, infer_arch, meta_state_dict, new_network
 from transfer.console import UserError, first_three, printable, warn
-from transfer.distributed import is_main_process
+from transfer.distributed import broadcast, is_main_process
 from transfer.files import backup, history_path, load_untrusted, save_tensors
 from transfer.lists import MAX_CLASSES
 from transfer.metrics import Metrics
@@ -184,5 +184,5 @@ class Checkpointer:
         save_checkpoint(self.path, self.model, self.metadata | about_epoch)
 
     def restore(self) -> None:
-        """Give the model the weights that were saved last."""
-        self.model.load_state_dict(load_state(self.path)[0])
+        """Give the model the weights that were saved last, on all ranks."""
+        self.model.load_state_dict(broadcast(load_state(self.path)[0] if is_main_process() else None))

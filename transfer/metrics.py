@@ -110,6 +110,13 @@ class ClassificationScores:
     def f1(self) -> Tensor:
         return 2 * self.hits / (self.images + self.guessed)
 
+    def macro_average(self) -> tuple[float, float, float]:
+        """Precision, recall and F1, each its mean over the classes that have images; of one never predicted 0."""
+        there = self.images > 0
+        columns = (self.precision, self.recall, self.f1)
+        precision, recall, f1 = (float(column[there].nan_to_num(0).mean()) for column in columns)
+        return precision, recall, f1
+
     def taken_for(self) -> dict[int, tuple[int, int]]:
         """Of each class with mistakes: the class that it is most often taken for, and how often."""
         most = {}
@@ -140,10 +147,11 @@ def calibration_bins(labels: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def class_weights(labels: Tensor, classes: int) -> Tensor:
-    """Weights (C,) of classes in the loss, inverse to their images, so that all classes weigh alike: 1 on average over
-    the images.
+    """Weights (C,) of classes in the loss, inverse to their images, so that all that have some weigh alike: 1 on
+    average over the images.
     """
-    return len(labels) / (classes * labels.bincount(minlength=classes).clamp_min(1))
+    images = labels.bincount(minlength=classes)
+    return len(labels) / ((images > 0).sum() * images.clamp_min(1))
 
 
 def likeliest(probs: Tensor, classes: Sequence[str], count: int) -> list[tuple[str, float]]:
@@ -166,7 +174,7 @@ def percent(value: float) -> str:
 
 
 def classification_report(scores: ClassificationScores, classes: Sequence[str]) -> str:
-    """Accuracy, then a line per class, worst recall first, then macro averages as scikit-learn takes them."""
+    """Accuracy, then a line per class, worst recall first, then means over the classes with images."""
     lines = []
     for what, right, part, (low, high) in (
         ("accuracy", scores.right, scores.accuracy, scores.accuracy_interval),
@@ -188,7 +196,6 @@ def classification_report(scores: ClassificationScores, classes: Sequence[str]) 
         precision, recall, f1 = (percent(column[label]) for column in columns)
         line = f"{names[label]:<{width}}  {images[label]:6,}  {precision:>9}  {recall:>7}  {f1:>7}  {other}"
         lines.append(line.rstrip())
-    present = [label for label in order if not math.isnan(columns[2][label])]
-    means = [sum(0 if math.isnan(column[c]) else column[c] for c in present) / len(present) for column in columns]
-    lines.append(f"{'macro average':<{width}}  {scores.count:6,}  {means[0]:9.1%}  {means[1]:7.1%}  {means[2]:7.1%}")
+    precision, recall, f1 = scores.macro_average()
+    lines.append(f"{'macro average':<{width}}  {scores.count:6,}  {precision:9.1%}  {recall:7.1%}  {f1:7.1%}")
     return "\n".join(lines)

@@ -41,7 +41,7 @@ from transfer.audit.audit import audit_splits
 from transfer.backbone import Backbone, inference_copy
 from transfer.calibration import MAX_IMAGES, calibrate, collect_logits
 from transfer.checkpoint import Checkpointer
-from transfer.console import UserError, one_line_errors
+from transfer.console import one_line_errors
 from transfer.crossval import cross_val_logits, group_split
 from transfer.data import Data, hold_out_test, load_data
 from transfer.device import Compute, pick_compute
@@ -55,7 +55,7 @@ from transfer.lists import ImageList
 from transfer.metrics import MetricMeter, Metrics, class_weights
 from transfer.pages.audit_page import save_audit
 from transfer.pretrained import load_pretrained
-from transfer.training import FeatureLoader, Hyperparameters, Loaders
+from transfer.training import FeatureLoader, Hyperparameters, Loaders, check_finite
 
 EVAL_BATCH = 1024  # features at a time
 EARLY_EPOCHS = 5  # of the head, before fine-tuning: a later one fits its images perfectly, and the stages learn less
@@ -194,8 +194,7 @@ def train_one_epoch(
         if batch_scheduler:
             batch_scheduler.step()
         mean_loss = loss.item()
-        if not math.isfinite(mean_loss):
-            raise UserError(f"the loss is {mean_loss} in epoch {epoch}, step {step}; try a smaller --lr", status=1)
+        check_finite(mean_loss, f"the loss is {mean_loss} in epoch {epoch}, step {step}", [inputs])
         meter.update(mean_loss * len(labels), logits, labels)  # the last batch may be smaller
     return meter.compute()
 
@@ -235,8 +234,8 @@ def fit(
             model, criterion, optimizer, loaders.train, epoch=epoch, batch_scheduler=batch_scheduler
         )
         val = evaluate(model, loaders.val)
-        if not math.isfinite(val.loss):
-            raise UserError(f"the evaluation loss is {val.loss} in epoch {epoch}; try a smaller --lr", status=1)
+        inputs = (inputs for inputs, _ in loaders.val)
+        check_finite(val.loss, f"the evaluation loss is {val.loss} in epoch {epoch}", inputs)
         if on_plateau:
             scheduler.step(history.score(val))
         if history.is_best(val):

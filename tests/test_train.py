@@ -203,12 +203,13 @@ def test_the_main_job_reaches_its_accuracy_and_prints_what_it_did(sample_run):
     assert [row["best"] == "1" for row in rows] == [bool(match[6]) for match in epochs]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_its_epoch_and_step(trained, monkeypatch):
+def test_features_that_overflow_end_the_run_with_epoch_and_step_and_are_named_as_the_cause(trained, monkeypatch):
     before = Path("best.pth").read_bytes()
-    embed = lambda module, views, *_, **__: torch.full((len(views), 512), torch.nan)  # noqa: E731
+    embed = lambda module, views, *_, **__: torch.full((len(views), 512), torch.inf)  # noqa: E731
     monkeypatch.setattr("transfer.backbone.embed", embed)
     status, _, err = trained("--batch-size", 5)
-    assert status == 1 and err.splitlines()[-1] == "error: the loss is nan in epoch 1, step 1; try a smaller --lr"
+    why = "the backbone's features overflow; give other --weights"
+    assert status == 1 and err.splitlines()[-1] == f"error: the loss is nan in epoch 1, step 1: {why}"
     assert Path("best.pth").read_bytes() == before
 
 

@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import go, rows_of
+from conftest import answer, go, rows_of
 
 import train
 from transfer.checkpoint import load_checkpoint
+from transfer.files import path_digest
 from transfer.metrics import Metrics
 
 
@@ -63,3 +64,36 @@ def test_balance_chooses_the_epoch_by_macro_recall_and_prints_it(uneven, quick, 
     metadata = load_checkpoint(Path("best.pth"))[1]
     assert (metadata["epoch"], metadata["accuracy"], metadata["recall"]) == (2, 0.6, 0.7)
     assert Path("best.csv").read_text().splitlines()[0].endswith("test_accuracy,test_recall,lr,best")
+
+
+@pytest.mark.parametrize("test", ["held", "held.lst", "./held.txt"])
+@pytest.mark.usefixtures("tiny")
+def test_the_printed_command_works_for_test_images_of_any_kind(uneven, quick, test):
+    Path("names.txt").write_text("grün\nrot\n")
+    if test != "held":
+        lines = [
+            f"held/{name}/{number}.png {label}\n" for label, name in enumerate(("green", "red")) for number in range(3)
+        ]
+        Path(test).write_text("".join(lines))
+    out = go("--train", "photos", "--test", test, "--classes", "names.txt", "--epochs", 1)
+    command = re.search(r"^next      python \S*predict\.py (.*)$", out, re.MULTILINE)[1]
+    table, _ = answer(*command.split())
+    accuracy = load_checkpoint(Path("best.pth"))[1]["accuracy"]
+    assert f"accuracy  {accuracy:7.2%}  " in table and "rot  " in table
+    assert Path("report.html").exists()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_checkpoint_knows_again_which_lists_it_was_trained_and_chosen_on(colours, quick):
+    go("--epochs", 1)
+    metadata = load_checkpoint(Path("best.pth"))[1]
+    assert metadata["trained_lists"] == [path_digest("./train.txt")]
+    assert metadata["chosen_list"] == path_digest(colours / "test.txt")
+    assert "folders" not in metadata and str(colours) not in str(metadata)
+    go("--epochs", 1, "--val-split", 0.5)
+    assert load_checkpoint(Path("best.pth"))[1]["chosen_list"] == path_digest("train.txt")
+    os.unlink("test.txt")
+    go("--epochs", 1, "--train", "train.txt")
+    metadata = load_checkpoint(Path("best.pth"))[1]
+    assert metadata["trained_lists"] == [path_digest("train.txt"), path_digest("best.train.txt")]
+    assert metadata["chosen_list"] == path_digest("best.test.txt")

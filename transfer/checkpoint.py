@@ -22,6 +22,9 @@ METADATA_TYPES = {
     "arch": str,  # torchvision's name
     "backbone": str,  # in words: what it is and whose weights it has
     "chosen_on": str,  # the list whose accuracy chose the epoch
+    "chosen_list": str,  # `path_digest` of it
+    "trained_lists": list,  # `path_digest` of each list or folder that was trained on, or partly
+    "folders": list,  # names of the class folders, where --classes gave the classes others
     "epoch": int,
     "accuracy": float,
     "recall": float,  # macro, at the same epoch
@@ -149,8 +152,10 @@ def is_valid_metadata(metadata: object, classes: int) -> bool:
         type(metadata[key]) is not METADATA_TYPES[key] for key in metadata if key in METADATA_TYPES
     ):
         return False
-    names = metadata.get("classes", ())
-    return metadata.get("format") == FORMAT and len(names) == classes and all(type(name) is str for name in names)
+    both = [metadata.get("classes", ()), metadata.get("folders", metadata.get("classes", ()))]
+    return metadata.get("format") == FORMAT and all(
+        len(names) == classes and all(type(name) is str for name in names) for names in both
+    )
 
 
 def save_checkpoint(path: Path, model: nn.Module, metadata: dict) -> None:

@@ -48,7 +48,7 @@ class NoAugment(argparse.Action):
     """Ends a command line with the flag that went, in one line."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_) -> None:
-        parser.error("--augment is gone: random views are always trained on; --views 2 trains without them")
+        parser.error("--augment is gone: --views 4, the default, trains on random views too; --views 2 on none")
 
 
 def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -101,13 +101,14 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     what = "images, folders, lists ending in .txt, or - for paths on standard input"
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=what)
-    parser.add_argument("--labelled", action="store_true", help="folders hold class folders: score them")
+    parser.add_argument("--labelled", action="store_true", help="folders hold class folders, of the model's classes")
     parser.add_argument("--model", type=Path, default="best.pth", metavar="FILE", help="what train.py saved")
     parser.add_argument("--root", type=Path, default=".", metavar="DIR", help="where the paths in lists begin")
     add = parser.add_argument_group("output").add_argument
     add("--top-k", type=int_at_least(1), default=3, metavar="K", help="classes named for each image")
     add("--min-prob", type=open_unit_float, metavar="P", help="below this an image is named unknown")
-    add("--format", choices=("text", "csv", "json"), default="text", metavar="NAME", help="text, csv or json")
+    what = "rows as text, csv, json, or table: none (text, table with --report)"
+    add("--format", choices=("text", "csv", "json", "table"), metavar="NAME", help=what)
     add("--report", type=Path, metavar="FILE", help="page of the mistakes, where labels are known")
     add = parser.add_argument_group("running").add_argument
     add("--mirror", action="store_true", help="also look at the mirrored photo, in twice the time")

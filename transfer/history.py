@@ -12,7 +12,7 @@ from transfer.data import Data
 from transfer.device import Compute
 from transfer.distributed import is_main_process
 from transfer.features import Splits
-from transfer.files import backup_path, history_path, save_atomically
+from transfer.files import backup_path, history_path, path_digest, save_atomically
 from transfer.metrics import Metrics
 from transfer.pretrained import Pretrained
 
@@ -40,8 +40,12 @@ def print_header(compute: Compute, pretrained: Pretrained, data: Data, history: 
 
 def run_metadata(flags: dict, data: Data, pretrained: Pretrained, splits: Splits, *, compute: Compute) -> dict:
     """What all checkpoints of a run hold about it."""
-    return {
+    renamed = {"folders": data.folders} if data.folders != data.classes else {}
+    chosen = data.train_path if flags["val_split"] else data.test_path
+    return renamed | {
         "classes": data.classes,
+        "trained_lists": [path_digest(path) for path in (data.train_path, *data.split_paths[:1])],
+        "chosen_list": path_digest(chosen),
         "arch": flags["arch"],
         "backbone": pretrained.description,
         "chosen_on": data.chosen_on,

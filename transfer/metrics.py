@@ -131,19 +131,41 @@ class ClassificationScores:
         return sorted(range(len(recall)), key=lambda label: (math.isnan(recall[label]), recall[label], label))
 
 
-def calibration_bins(labels: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-    """By tenth of confidence: images (10,), right ones (10,), mean confidence (10,); and the expected error.
+class ScoredImage(NamedTuple):
+    """What a report keeps of an image: its path and label, the three likeliest classes and their probabilities."""
+
+    path: bytes
+    label: int
+    guesses: list[int]
+    probs: list[float]
+
+    @classmethod
+    def of(cls, path: bytes, label: int, probs: Tensor) -> "ScoredImage":
+        """probs: (C,)."""
+        top = probs.topk(min(3, len(probs)))
+        return cls(path, label, top.indices.tolist(), top.values.tolist())
+
+    @property
+    def confidence(self) -> float:
+        return self.probs[0]
+
+    @property
+    def right(self) -> bool:
+        return self.guesses[0] == self.label
+
+
+def calibration_bins(confidence: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Of N images their confidence and whether they are right, by tenth of confidence: images (10,), right ones (10,), mean confidence (10,); and the expected error.
 
     The tenths are (0, 0.1], (0.1, 0.2], ...; the error is the gap between share right and mean
     confidence, weighted by images (Guo et al. 2017, equation 3).
     """
-    confidence, guesses = probs.max(1)
     tenth = torch.bucketize(confidence, torch.arange(1, BINS) / BINS)
     count = torch.bincount(tenth, minlength=BINS)
-    right = torch.bincount(tenth[guesses == labels], minlength=BINS)
+    hits = torch.bincount(tenth[right], minlength=BINS)
     total = torch.bincount(tenth, confidence.double(), minlength=BINS)
-    ece = float((right - total).abs().sum() / max(1, len(labels)))
-    return count, right, total / count, ece
+    ece = float((hits - total).abs().sum() / max(1, len(confidence)))
+    return count, hits, total / count, ece
 
 
 def class_weights(labels: Tensor, classes: int) -> Tensor:

@@ -344,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     init_distributed()
     pretrained = load_pretrained(args.weights, args.arch)
     history = History(args.out, "val" if args.val_split else "test", args.balance)
-    print_header(compute, pretrained, data, history)
+    print_header(compute, pretrained, data, history, lr=args.lr)
 
     # Every image passes through the frozen backbone once, and its features are kept.
     model = build_model(args.arch, len(data.classes), pretrained.state_dict, args.seed)

@@ -188,9 +188,9 @@ def test_three_ranks_fine_tune_and_evaluate_four_test_images_of_which_one_rank_h
     options = "--weights none --workers 0 --epochs 1 --views 2 --batch-size 6 --finetune-epochs 2".split()
     done = torchrun("tiny.py", *options, ranks=3)
     assert done.returncode == 0, done.stderr
-    (accuracy,) = re.findall(r"best      test accuracy ([\d.]+%)", done.stdout)
+    (accuracy,) = re.findall(r"best      test accuracy (\d+)% of 4 photos", done.stdout)
     status, out, err = run_main(predict.main, "test.txt", "--workers", 0)
-    assert status == 0 and f"accuracy  {accuracy:>7}  " in out, err
+    assert status == 0 and f"accuracy  {accuracy:>4}.00%  " in out, err  # of four photos
     rows = rows_of()
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     # Without a cache the features were sent to rank 0, and are those of one process.

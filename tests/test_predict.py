@@ -95,7 +95,8 @@ def test_accuracy_is_what_training_reported_to_the_last_digit(small_run, model):
     table, _ = answer("wrong.txt", "--root", small_run, "--model", "other.pth")
     percent, right, count = re.search(r"^accuracy +([\d.]+%)  (\d+) of (\d+),", table, re.MULTILINE).groups()
     assert int(count) == 12 and int(right) / 12 == metadata["accuracy"] < 1
-    assert f"best      test accuracy {percent}, " in out
+    assert percent == f"{metadata['accuracy']:.2%}"
+    assert f"best      test accuracy {metadata['accuracy']:.0%} of 12 photos " in out
 
 
 def test_the_table_keeps_away_from_rows_that_programs_read(model, quick_model):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # the recipe's first
 STAGES = ("layer4", "layer3", "all")  # what --unfreeze may name
+DEFAULT_LR = 0.005  # of the head
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -76,7 +77,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--finetune-epochs", type=int_at_least(0), default=0, metavar="N", help="then of the last stages too")
     add("--unfreeze", choices=STAGES, default=STAGES[0], metavar="STAGE", help="layer4, layer3 or all")
     add("--batch-size", type=int_at_least(1), default=64, metavar="N", help="images per training step")
-    add("--lr", type=positive_float, default=0.005, metavar="RATE", help="learning rate of the head")
+    add("--lr", type=positive_float, default=DEFAULT_LR, metavar="RATE", help="learning rate of the head")
     add("--finetune-lr", type=positive_float, default=2e-4, metavar="RATE", help="the stages' highest rate")
     add("--balance", action="store_true", help="for classes of very unequal size")
     add("--views", type=int_at_least(1), default=4, metavar="V", help="1: plain, 2: mirrored too, more: random")

@@ -18,11 +18,14 @@ BINS = 10  # of confidence, as Guo et al. (2017) have them
 
 
 class Metrics(NamedTuple):
-    """Of the images of an epoch: mean loss, share that is right, and its mean over the classes that have images."""
+    """Of the images of an epoch: mean loss, share that is right, its mean over the classes that have images, and how
+    many they are.
+    """
 
     loss: float
     accuracy: float
     macro_recall: float
+    images: int | None = None
 
 
 class MetricMeter:
@@ -46,9 +49,9 @@ class MetricMeter:
         if self.all_ranks:
             dist.all_reduce(totals)
         hits, images = totals[1:].chunk(2)
-        there = images > 0
+        there, count = images > 0, int(images.sum())
         recall = (hits[there] / images[there]).mean()
-        return Metrics((totals[0] / images.sum()).item(), (hits.sum() / images.sum()).item(), recall.item())
+        return Metrics(totals[0].item() / count, hits.sum().item() / count, recall.item(), count)
 
 
 class ClassificationScores:

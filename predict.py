@@ -5,7 +5,8 @@
 
 Reads images, folders, lists and paths on standard input. Prints one line per image
 on stdout: its path, then the likeliest classes with their probabilities. For lists
-with labels it then prints the accuracy of each class, and can draw a report.
+and class folders, whose labels are known, it then prints the accuracy of each class,
+and can draw a report; with a report the lines are left out unless --format asks for them.
 """
 
 from transfer.flags import parse_predict_args
@@ -15,14 +16,10 @@ if __name__ == "__main__":  # before torch's import, which takes seconds: Ctrl-C
     guard_imports()
     parse_predict_args()
 
-import csv
 import functools
-import io
-import itertools
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,11 +33,12 @@ from transfer.checkpoint import load_checkpoint
 from transfer.console import Progress, UserError, one_line_errors, printable
 from transfer.device import Compute, pick_compute
 from transfer.files import check_outputs, history_path, page_outputs
-from transfer.folders import find_images, read_folder, remap_labels
-from transfer.images import SUFFIXES, as_rgb, read_image, upright
-from transfer.lists import ImageList, ListsError, read_list
-from transfer.metrics import ClassificationScores, classification_report, likeliest
+from transfer.images import ImageError, as_rgb, read_image, upright
+from transfer.lists import ImageList
+from transfer.metrics import ClassificationScores, ScoredImage, classification_report, likeliest
 from transfer.pages.report import save_report
+from transfer.rows import row_printer
+from transfer.sources import Source, join_sources, read_sources
 from transfer.stdin import PathRows, StdinPaths
 
 
@@ -70,19 +68,22 @@ def load(
     return Classifier(backbone, model.fc, metadata["classes"], metadata, compute, views)
 
 
-def probabilities(classifier: Classifier, features: Tensor) -> Tensor:
-    """Of one image's features, (D,) or (V, D), as its backbone gives them: (C,).
+def probabilities(classifier: Classifier, features: Tensor | str) -> Tensor | str:
+    """Of one image's features, (D,) or (V, D), as its backbone gives them: (C,); or the reason why there are none.
 
     The logits of the mean of two views are the mean of their logits: the head is linear.
     """
-    return classifier.head(features.cpu().float().view(-1, features.shape[-1]).mean(0)).softmax(0)
+    if isinstance(features, str):
+        return features
+    probs = classifier.head(features.cpu().float().view(-1, features.shape[-1]).mean(0)).softmax(0)
+    return probs if probs.isfinite().all() else "the model gives no finite number for it"
 
 
 @torch.inference_mode()
 def predict(classifier: Classifier, images: Sequence[str | os.PathLike | Image.Image]) -> list[list[tuple[str, float]]]:
     """For each path or PIL image, all classes as (name, probability), likeliest first.
 
-    Raises train.ImageError where an image can't be read.
+    Raises ImageError where an image can't be read, or the model has no answer.
     """
     named = []
     for image in images:
@@ -90,15 +91,17 @@ def predict(classifier: Classifier, images: Sequence[str | os.PathLike | Image.I
         image = as_rgb(upright(image.copy())) if isinstance(image, Image.Image) else read_image(image)
         features = embed(classifier.backbone, draw_views(image, classifier.views, 0, 0), classifier.compute)
         probs = probabilities(classifier, features)
+        if isinstance(probs, str):
+            raise ImageError(probs)
         named.append(likeliest(probs, classifier.classes, len(classifier.classes)))
     return named
 
 
 @torch.inference_mode()
 def predict_images(
-    classifier: Classifier, image_list: ImageList, batch_size: int
-) -> Iterator[tuple[int, Tensor | str]]:
-    """Each image's number and its probabilities (C,), or the reason why it can't be read; in order."""
+    classifier: Classifier, image_list: ImageList, has_label: Tensor, batch_size: int
+) -> Iterator[tuple[bytes, int | None, Tensor | str]]:
+    """Each image's path, its label where it has one, and its probabilities (C,) or the reason why there are none."""
     compute = classifier.compute if len(image_list) > batch_size else replace(classifier.compute, workers=0)
     dataset, views = ImageDataset(image_list, classifier.views, seed=0), len(classifier.views)
     batches = embed_dataset(
@@ -110,7 +113,8 @@ def predict_images(
         per_image=views,
     )
     for row, features in unbatch(batches):
-        yield row, features if isinstance(features, str) else probabilities(classifier, features)
+        label = int(image_list.labels[row]) if has_label[row] else None
+        yield image_list.path(row), label, probabilities(classifier, features)
 
 
 @torch.inference_mode()
@@ -126,151 +130,75 @@ def predict_stdin(classifier: Classifier, batch_size: int) -> Iterator[tuple[byt
         compute, receive = replace(classifier.compute, workers=workers), functools.partial(paths.batches, few)
         batches = embed_batches(classifier.backbone, dataset, receive, compute=compute, per_image=len(classifier.views))
         for (_, path), features in unbatch(batches):
-            yield path, features if isinstance(features, str) else probabilities(classifier, features)
+            yield path, probabilities(classifier, features)
             paths.mark_answered()
 
 
-# What is to be predicted
+# What is asked for
 
 
-def read_inputs(arguments: Sequence[str], root: Path, labelled: bool) -> tuple[list[ImageList], bool]:
-    """The images that files, folders and lists name, a list each, and whether all have labels. Raises UserError.
-
-    labelled: folders hold class folders.
-    """
-    image_lists, problems, all_labelled = [], [], True
-    for argument in arguments:
-        is_folder = os.path.isdir(argument)
-        if is_folder and labelled or argument.endswith(".txt") and not is_folder:
-            # Of a list each line has a row, also that of a missing image.
-            image_list, found = read_folder(Path(argument)) if is_folder else read_list(Path(argument), root, False)
-            problems += found
-        else:
-            all_labelled = False
-            paths = find_images(os.fsencode(argument))[0] if is_folder else [os.fsencode(argument)]
-            if not paths:
-                endings = ", ".join(SUFFIXES)
-                problems.append(f"{printable(argument)}: no image in this folder; their names end in {endings}")
-            image_list = ImageList(argument, paths, [0] * len(paths), range(len(paths)))
-        image_lists.append(image_list)
-    if problems:
-        raise ListsError(problems)
-    return image_lists, all_labelled
+def check_model(path: Path) -> None:
+    """Raises UserError where no model was named and none lies here."""
+    if path == Path("best.pth") and not path.exists():
+        raise UserError(f"no best.pth in {printable(Path.cwd())}; give --model FILE or run train.py first")
 
 
-def join_lists(image_lists: Sequence[ImageList], classes: Sequence[str], model: Path) -> ImageList:
-    """All lists as one, class folders with the model's labels. Raises UserError where it lacks a class."""
-    folders = [image_list for image_list in image_lists if image_list.classes]
-    if problems := [problem for folder in folders for problem in remap_labels(folder, classes)]:
-        raise UserError(
-            *problems, f"{printable(model)} was trained on other classes; rename the folders as those are named"
-        )
-    if len(image_lists) == 1:
-        return image_lists[0]
-    paths = [path for image_list in image_lists for path in image_list.paths()]
-    labels = [label for image_list in image_lists for label in image_list.labels.tolist()]
-    return ImageList("", paths, labels, range(len(paths)))
-
-
-def check_labels(image_list: ImageList, classes: Sequence[str], model: Path) -> None:
-    """Raises UserError where a label is none of the model's classes."""
-    if int(image_list.labels.max()) >= len(classes):
-        row = int(image_list.labels.argmax())
-        both = f"label {image_list.labels[row]}, but {printable(model)} knows {len(classes)} classes, from 0"
-        raise UserError(f"{image_list.where(row)}: {both}; use the lists it was trained with")
-
-
-def check_flags(report: Path | None, labelled: bool, *, inputs_labelled: bool) -> None:
-    """Raises UserError where what --report or --labelled asks for needs labels, and there are none."""
-    if (report or labelled) and not inputs_labelled:
-        flag = "--report" if report else "--labelled"
-        fix = "give lists of lines with path and label, ending in .txt, or folders of class folders and --labelled"
+def check_request(
+    report: Path | None, flag: str | None, sources: Sequence[Source], reads: Sequence[str | bytes | Path]
+) -> None:
+    """Raises UserError where what a flag asks for needs labels, or the report's page can't be written."""
+    if flag and not (sources and all(source.labelled is not False for source in sources)):
+        fix = "give lists, a path and a class number per line, or folders of class folders"
         raise UserError(f"{flag}: needs labels; {fix}")
-
-
-# What is printed: a row per image
-
-
-def row_printer(style: str, classes: Sequence[str], top_k: int, min_prob: float) -> Callable[..., None]:
-    """A function that prints one image's row: its path, its true class or None, its probabilities or an error.
-
-    text: for people, errors on stderr. csv: RFC 4180 with a header. json: one object per line. Names are exact in csv
-    and json, for programs; but a terminal never gets their control characters, which JSON escapes by itself.
-    """
-    count = min(top_k, len(classes))
-    writer = csv.writer(sys.stdout)
-    if style == "csv":
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(newline="")
-        tops = [column for n in range(1, count + 1) for column in (f"class{n}", f"prob{n}")]
-        writer.writerow(["path", "error", "truth", "name", *tops])
-    exact = not sys.stdout.isatty()
-
-    def print_row(path: bytes, truth: str | None, found: Tensor | str) -> None:
-        error = found if isinstance(found, str) else None
-        tops = [] if error else likeliest(found, classes, count)
-        name = None if error else tops[0][0] if tops[0][1] >= min_prob else "unknown"
-        if style == "json":
-            top = [{"class": each, "prob": prob} for each, prob in tops]
-            print(json.dumps({"path": os.fsdecode(path), "error": error, "truth": truth, "name": name, "top": top}))
-        elif style == "csv":
-            cells = [os.fsdecode(path), error, truth, name, *itertools.chain(*tops or [(None, None)] * count)]
-            writer.writerow(cells if exact else [printable(cell) if isinstance(cell, str) else cell for cell in cells])
-        elif error:
-            print(f"error: {printable(path)}: {error}", file=sys.stderr)
-        else:
-            verdict = "unknown: " if name == "unknown" != tops[0][0] else ""
-            print(f"{printable(path)}  {verdict}{', '.join(f'{printable(each)} {prob:.1%}' for each, prob in tops)}")
-
-    return print_row
+    if report:
+        check_outputs(page_outputs("--report", report, table=False), reads)
 
 
 @one_line_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_predict_args(argv)
-    from_stdin = args.images == ["-"]
+    from_stdin, style = args.images == ["-"], args.format or ("table" if args.report else "text")
+    asking = {"--report": args.report, "--labelled": args.labelled, "--format table": style == "table"}
+    needs_labels = next((flag for flag, asked in asking.items() if asked), None)
 
     # Everything that can be checked is, before the model is loaded.
-    image_lists, labelled = ([], False) if from_stdin else read_inputs(args.images, args.root, args.labelled)
-    check_flags(args.report, args.labelled, inputs_labelled=labelled)
-    if args.report:
-        images = (path for image_list in image_lists for path in image_list.each_path())
-        check_outputs(
-            page_outputs("--report", args.report, table=False),
-            [*args.images, args.model, history_path(args.model), *images],
-        )
+    check_model(args.model)
+    sources = [] if from_stdin else read_sources(args.images, args.root, args.labelled)
+    images = [path for source in sources for path in source.image_list.each_path()] if args.report else []
+    reads = [*args.images, args.model, history_path(args.model), *images]
+    check_request(args.report, needs_labels, sources, reads)
     classifier = load(args.model, args.device, args.workers, args.mirror)
-    classes = classifier.classes
-    image_list = None if from_stdin else join_lists(image_lists, classes, args.model)
-    if labelled:
-        check_labels(image_list, classes, args.model)
+    classes, batch_size = classifier.classes, args.batch_size or PASS_BATCH[classifier.compute.device.type]
+    if from_stdin:
+        rows = ((path, None, probs) for path, probs in predict_stdin(classifier, batch_size))
+    else:
+        image_list, has_label = join_sources(sources, classifier.metadata, args.model, needs_labels)
+        rows = predict_images(classifier, image_list, has_label, batch_size)
 
     # A row is printed for each image as soon as it is there.
-    print_row = row_printer(args.format, classes, args.top_k, args.min_prob or 0)
-    batch_size = args.batch_size or PASS_BATCH[classifier.compute.device.type]
+    print_row = row_printer(style, classes, args.top_k, args.min_prob or 0)
     scores, scored, unreadable = ClassificationScores(len(classes)), [], 0
-    progress = None if from_stdin or sys.stdout.isatty() else Progress("predicted", len(image_list))
-    rows = predict_stdin(classifier, batch_size) if from_stdin else predict_images(classifier, image_list, batch_size)
-    for row, probs in rows:
-        path, label = (row, None) if from_stdin else (image_list.path(row), int(image_list.labels[row]))
-        print_row(path, classes[label] if labelled else None, probs)
+    on_screen = style != "table" and sys.stdout.isatty()
+    progress = None if from_stdin or on_screen else Progress("predicted", len(image_list))
+    for path, label, probs in rows:
+        print_row(path, None if label is None else classes[label], probs)
         sys.stdout.flush()  # somebody may wait for it
         if isinstance(probs, str):
             unreadable += 1
-        elif labelled:
+        elif label is not None:
             scores.update(label, probs)
             if args.report:
-                scored.append((path, label, probs))
+                scored.append(ScoredImage.of(path, label, probs))
         if progress:
             progress.add(1)
 
     # Where labels are known, the table and the report follow.
-    stream = sys.stdout if args.format == "text" else sys.stderr  # rows alone in what programs read
+    stream = sys.stderr if style in ("csv", "json") else sys.stdout  # rows alone in what programs read
     if scores.count:
-        print(f"\n{classification_report(scores, classes)}", file=stream)
+        gap = "" if style == "table" else "\n"
+        print(f"{gap}{classification_report(scores, classes)}", file=stream)
     if scored:
-        names = ", ".join(map(printable, args.images))
-        save_report(args.report, classifier.metadata, scores, scored, model=args.model, list_name=names)
+        save_report(args.report, classifier.metadata, scores, scored, model=args.model, lists=args.images)
         print(f"\nreport saved in {printable(args.report)}", file=stream)
     if unreadable:
         sys.exit(1)

@@ -41,11 +41,11 @@ from transfer.audit.audit import audit_splits
 from transfer.backbone import Backbone, inference_copy
 from transfer.calibration import MAX_IMAGES, calibrate, collect_logits
 from transfer.checkpoint import Checkpointer
-from transfer.console import UserError, one_line_errors
+from transfer.console import one_line_errors
 from transfer.crossval import cross_val_logits, group_split
 from transfer.data import Data, hold_out_test, load_data
 from transfer.device import Compute, pick_compute
-from transfer.distributed import end_distributed, init_distributed, is_main_process, on_main_process
+from transfer.distributed import broadcast, end_distributed, gather, init_distributed, is_main_process, on_main_process
 from transfer.features import Split, Splits, extract_features, warn_on_leakage
 from transfer.files import prepare_outputs
 from transfer.finetune import FineTuning, prepare_finetuning, unwrap
@@ -56,7 +56,7 @@ from transfer.metrics import MetricMeter, Metrics, class_weights
 from transfer.pages.audit_page import save_audit
 from transfer.pretrained import load_pretrained
 from transfer.signals import check_stop
-from transfer.training import FeatureLoader, Hyperparameters, Loaders
+from transfer.training import FeatureLoader, Hyperparameters, Loaders, check_finite
 
 EVAL_BATCH = 1024  # features at a time
 EARLY_EPOCHS = 5  # of the head, before fine-tuning: a later one fits its images perfectly, and the stages learn less
@@ -196,8 +196,7 @@ def train_one_epoch(
         if batch_scheduler:
             batch_scheduler.step()
         mean_loss = loss.item()
-        if not math.isfinite(mean_loss):
-            raise UserError(f"the loss is {mean_loss} in epoch {epoch}, step {step}; try a smaller --lr", status=1)
+        check_finite(mean_loss, f"the loss is {mean_loss} in epoch {epoch}, step {step}", [inputs])
         meter.update(mean_loss * len(labels), logits, labels)  # the last batch may be smaller
     return meter.compute()
 
@@ -238,8 +237,8 @@ def fit(
             model, criterion, optimizer, loaders.train, epoch=epoch, batch_scheduler=batch_scheduler
         )
         val = evaluate(model, loaders.val)
-        if not math.isfinite(val.loss):
-            raise UserError(f"the evaluation loss is {val.loss} in epoch {epoch}; try a smaller --lr", status=1)
+        inputs = (inputs for inputs, _ in loaders.val)
+        check_finite(val.loss, f"the evaluation loss is {val.loss} in epoch {epoch}", inputs)
         if on_plateau:
             scheduler.step(history.score(val))
         if history.is_best(val):
@@ -303,17 +302,26 @@ def fine_tune(
 # The best epoch
 
 
+def best_val_logits(model: nn.Module, finetuned: FineTuning | None, val: Split) -> tuple[Tensor, Tensor] | None:
+    """Logits (N, C) and labels (N,) of the images that chose the best epoch, of all ranks on rank 0; None on the others.
+
+    finetuned: None where the best epoch is the head's.
+    """
+    every = math.ceil(len(val.features.rows) / MAX_IMAGES)
+    if finetuned:  # each rank has images of its own
+        shares = gather(collect_logits(unwrap(finetuned.network), finetuned.loaders.val, every))
+        return shares and tuple(torch.cat(parts) for parts in zip(*shares, strict=True))
+    return collect_logits(model.fc.cpu(), FeatureLoader(val.features, EVAL_BATCH), every) if is_main_process() else None
+
+
 def calibrate_best(
-    model: nn.Module, finetuned: FineTuning | None, splits: Splits, hparams: Hyperparameters, *, history: History
+    model: nn.Module, val_logits: tuple[Tensor, Tensor], splits: Splits, hparams: Hyperparameters, *, history: History
 ) -> float:
-    """Divide the head by the temperature that fits the best epoch, and return that. finetuned: None for a head's."""
-    if finetuned:
-        logit_sets = [collect_logits(unwrap(finetuned.network), finetuned.loaders.val, MAX_IMAGES)]
-    else:
-        val_loader = FeatureLoader(splits.val.features, hparams.batch_size)
-        logit_sets = [collect_logits(model.fc.cpu(), val_loader, MAX_IMAGES)]
-        if splits.val is not splits.test:  # its images are few to fit a number on, and training has more
-            logit_sets += cross_val_logits(splits.train.features, history.lrs(), hparams)
+    """Divide the head by the temperature that fits the best epoch, and return that."""
+    logit_sets = [val_logits]
+    # A validation split's images are few to fit a number on, and training has more.
+    if splits.val is not splits.test and history.best_epoch <= hparams.epochs:
+        logit_sets += cross_val_logits(splits.train.features, history.lrs(), hparams)
     return calibrate(model.fc, logit_sets)
 
 
@@ -339,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     init_distributed()
     pretrained = load_pretrained(args.weights, args.arch)
     history = History(args.out, "val" if args.val_split else "test", args.balance)
-    print_header(compute, pretrained, data, history)
+    print_header(compute, pretrained, data, history, lr=args.lr)
 
     # Every image passes through the frozen backbone once, and its features are kept.
     model = build_model(args.arch, len(data.classes), pretrained.state_dict, args.seed)
@@ -356,10 +364,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         fine_tune(finetuned, criterion, hparams, history=history, checkpointer=checkpointer)
 
     # The best epoch is calibrated, tested and audited.
+    finetuned = finetuned if broadcast(history.best_epoch > args.epochs) else None
+    checkpointer.restore()
+    val_logits = best_val_logits(model, finetuned, splits.val)
     if is_main_process():
-        finetuned = finetuned if history.best_epoch > args.epochs else None
-        checkpointer.restore()
-        temperature = calibrate_best(model, finetuned, splits, hparams, history=history)
+        temperature = calibrate_best(model, val_logits, splits, hparams, history=history)
         checkpointer.save(history.best_epoch, history.best, temperature)
         print_result(history, data, pretrained, start_time)
         if args.val_split or args.audit:

@@ -11,8 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import predict
+import train
 from transfer.calibration import calibrate, collect_logits, fit_temperature
 from transfer.checkpoint import load_checkpoint
+from transfer.features import Features, Split
 from transfer.metrics import calibration_bins
 
 
@@ -57,8 +59,21 @@ def test_calibrating_a_head_changes_its_confidence_and_no_class():
         after = head(features)
     assert found == pytest.approx(4, rel=0.1) and torch.equal(before.argmax(1), after.argmax(1))
     assert torch.allclose(after, before / found, atol=1e-5)
-    errors = [calibration_bins(labels, logits.softmax(1))[-1] for logits in (before, after)]
+    probs = [logits.softmax(1) for logits in (before, after)]
+    errors = [calibration_bins(each.amax(1), each.argmax(1) == labels)[-1] for each in probs]
     assert errors[1] < 0.04 < errors[0]
+
+
+def test_of_a_long_list_sorted_by_class_every_so_many_images_are_fitted_on(monkeypatch):
+    features = torch.randn(100, 1, 8, generator=torch.Generator().manual_seed(0))
+    labels, head = torch.arange(100) // 10, nn.Linear(8, 10)
+    logits, known = collect_logits(head, [(features[:35, 0], labels[:35]), (features[35:, 0], labels[35:])], every=3)
+    assert known.tolist() == labels[::3].tolist() and torch.allclose(logits, head(features[::3, 0]))
+    model, split = nn.Module(), Split(None, Features([features], 100, labels))
+    model.fc = head
+    monkeypatch.setattr(train, "MAX_IMAGES", 20)
+    assert train.best_val_logits(model, None, split)[1].bincount().tolist() == [2] * 10
+    assert [len(each) for each in collect_logits(head, [])] == [0, 0]  # a rank may have none
 
 
 def test_of_several_sets_the_geometric_mean_is_taken():

@@ -1,6 +1,7 @@
 """Ranks: slices, deaths, one model."""
 
 import errno
+import math
 import os
 import re
 import socket
@@ -149,6 +150,37 @@ def test_two_ranks_fine_tune_one_model_and_the_death_of_one_ends_the_run_with_be
     assert not list(Path().glob(".*.tmp"))
 
 
+# A fine-tuned epoch is the best, on rank 0; what the temperature is fitted on is noted.
+FIT = """
+import os, sys, train
+calibrate, accuracies = train.calibrate, iter([0.25, 0.75, 0.5])
+def spy(head, logit_sets):
+    (logits, labels), = logit_sets
+    train.torch.save({"logits": logits, "labels": labels}, "fitted" + os.environ["RANK"] + ".pt")
+    return calibrate(head, logit_sets)
+train.calibrate = spy
+train.evaluate = lambda *_: train.Metrics(1.0, next(accuracies), 0.0)
+train.main(sys.argv[1:])
+"""
+
+
+def test_the_temperature_is_fitted_on_the_images_of_all_ranks(few, full_size):
+    Path("fit.py").write_text(FIT)
+    options = "--weights none --workers 0 --epochs 1 --views 1 --batch-size 4 --finetune-epochs 2".split()
+    done = torchrun("fit.py", *options)
+    assert done.returncode == 0, done.stderr
+    fitted = weights_of("fitted0.pt")
+    assert "broadcast_buffers" not in done.stderr  # torch 2.14 would warn of the argument
+    assert fitted["labels"].tolist() == [0, 0, 1, 1, 2, 2] and not Path("fitted1.pt").exists()
+    # The last epoch was not the best: both ranks went back to the one before.
+    model, metadata = load_checkpoint(Path("best.pth"))
+    assert metadata["epoch"] == 2
+    probs = predict.predict(predict.load("best.pth", "cpu"), [line.split()[0] for line in open("test.txt")])
+    logs = [[math.log(dict(each)[name]) for name in metadata["classes"]] for each in probs]
+    expected = (fitted["logits"] / metadata["temperature"]).log_softmax(1)
+    assert torch.allclose(torch.tensor(logs), expected, atol=0.05)  # bfloat16
+
+
 def test_three_ranks_fine_tune_and_evaluate_four_test_images_of_which_one_rank_has_none(few):
     lines = Path("test.txt").read_text().splitlines()
     Path("test.txt").write_text("\n".join(lines[:4]))
@@ -156,9 +188,9 @@ def test_three_ranks_fine_tune_and_evaluate_four_test_images_of_which_one_rank_h
     options = "--weights none --workers 0 --epochs 1 --views 2 --batch-size 6 --finetune-epochs 2".split()
     done = torchrun("tiny.py", *options, ranks=3)
     assert done.returncode == 0, done.stderr
-    (accuracy,) = re.findall(r"best      test accuracy ([\d.]+%)", done.stdout)
+    (accuracy,) = re.findall(r"best      test accuracy (\d+)% of 4 photos", done.stdout)
     status, out, err = run_main(predict.main, "test.txt", "--workers", 0)
-    assert status == 0 and f"accuracy  {accuracy:>7}  " in out, err
+    assert status == 0 and f"accuracy  {accuracy:>4}.00%  " in out, err  # of four photos
     rows = rows_of()
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     # Without a cache the features were sent to rank 0, and are those of one process.

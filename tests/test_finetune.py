@@ -178,6 +178,25 @@ def test_evaluation_view_and_mirror_image_come_by_turns(few, keep):
             assert turned == [(row + epoch) % 2 == 1 for row in rows[places].tolist()]
 
 
+@pytest.mark.parametrize(("views", "expected"), [(1, {0}), (2, {0, 1}), (4, {0, 1})])
+def test_fine_tuning_trains_on_no_view_that_was_not_asked_for(few, monkeypatch, views, expected):
+    drawn, draw = set(), train.draw_views
+    script_accuracies(monkeypatch, 0.3, 0.6)
+
+    def fine_tune(*args, **kwargs):
+        monkeypatch.setattr(
+            train, "draw_views", lambda image, views, *rest: drawn.update(views) or draw(image, views, *rest)
+        )
+        prepare(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    prepare = train.prepare_finetuning
+    monkeypatch.setattr(train, "prepare_finetuning", fine_tune)
+    lists = "--weights", "none", "--workers", 0, "--epochs", 1, "--finetune-epochs", 1
+    assert run_main(train.main, *lists, "--views", views)[0] == 130
+    assert drawn == expected
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5, 80])
 def test_one_cycle_rises_for_a_fifth_falls_and_always_trains(steps):
     weights = nn.Parameter(torch.zeros(1))
@@ -214,9 +233,10 @@ def test_after_fine_tuning_predict_has_exactly_the_accuracy_that_training_printe
     assert metadata["epoch"] > 1
     status, table, err = run_main(predict.main, tmp_path / "test.txt", "--model", tmp_path / "best.pth", "--workers", 0)
     assert status == 0, err
-    percent, right, count = re.search(r"^accuracy +([\d.]+%)  (\d+) of (\d+)", table, re.MULTILINE).groups()
+    right, count = re.search(r"^accuracy +[\d.]+%  (\d+) of (\d+)", table, re.MULTILINE).groups()
+    figure = f"accuracy {int(right) / int(count):.0%} of {count} photos "
     if split:
-        assert f"test      accuracy {percent}, scored once" in out
+        assert re.search(rf"^test      {figure}.*, scored once$", out, re.MULTILINE)
     else:
         assert metadata["accuracy"] == int(right) / int(count)
-        assert f"best      test accuracy {percent}, epoch {metadata['epoch']} (" in out
+        assert re.search(rf"^best      test {figure}.*, epoch {metadata['epoch']} \(", out, re.MULTILINE)

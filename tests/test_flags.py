@@ -19,7 +19,7 @@ def test_a_rate_that_arithmetic_cannot_hold_is_found_before_training(job, rate):
 
 def test_a_command_line_with_augment_ends_in_one_line_that_says_that_it_is_gone():
     status, out, err = run_main(parse_train_args, "--epochs", 1, "--augment", "auto")
-    line = "--augment is gone: random views are trained on by default; --views 2 trains without them"
+    line = "--augment is gone: --views 4, the default, trains on random views too; --views 2 on none"
     assert (status, out, err) == (2, "", f"error: {line}\n")
 
 

@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import go, rows_of
+from conftest import answer, go, rows_of
 
 import train
 from transfer.checkpoint import load_checkpoint
+from transfer.files import path_digest
+from transfer.history import History
 from transfer.metrics import Metrics
 
 
@@ -18,7 +20,8 @@ def test_the_header_and_the_last_lines_name_the_list_that_chose_the_epoch(colour
         out = go("--epochs", 2, *split)
         lines = out.splitlines()
         assert f"best      epoch chosen on {chosen}" in lines[:4]
-        assert re.search(rf"^best      {name} accuracy [\d.]+%, epoch \d \({re.escape(chosen)}\)$", out, re.MULTILINE)
+        figure = r"accuracy \d+% of \d+ photos \(95% interval \d+ to \d+%\)"
+        assert re.search(rf"^best      {name} {figure}, epoch \d \({re.escape(chosen)}\)$", out, re.MULTILINE)
         assert ("scored once" in out) == bool(split)
         columns = ["epoch", "train_loss", "train_accuracy", f"{name}_loss", f"{name}_accuracy", "lr", "best"]
         assert list(rows_of()[0]) == columns
@@ -63,3 +66,61 @@ def test_balance_chooses_the_epoch_by_macro_recall_and_prints_it(uneven, quick, 
     metadata = load_checkpoint(Path("best.pth"))[1]
     assert (metadata["epoch"], metadata["accuracy"], metadata["recall"]) == (2, 0.6, 0.7)
     assert Path("best.csv").read_text().splitlines()[0].endswith("test_accuracy,test_recall,lr,best")
+
+
+@pytest.mark.parametrize("test", ["held", "held.lst", "./held.txt"])
+@pytest.mark.usefixtures("tiny")
+def test_the_printed_command_works_for_test_images_of_any_kind(uneven, quick, test):
+    Path("names.txt").write_text("grün\nrot\n")
+    if test != "held":
+        lines = [
+            f"held/{name}/{number}.png {label}\n" for label, name in enumerate(("green", "red")) for number in range(3)
+        ]
+        Path(test).write_text("".join(lines))
+    out = go("--train", "photos", "--test", test, "--classes", "names.txt", "--epochs", 1)
+    command = re.search(r"^next      python \S*predict\.py (.*)$", out, re.MULTILINE)[1]
+    table, _ = answer(*command.split())
+    accuracy = load_checkpoint(Path("best.pth"))[1]["accuracy"]
+    assert f"accuracy  {accuracy:7.2%}  " in table and "rot  " in table
+    assert Path("report.html").exists()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_checkpoint_knows_again_which_lists_it_was_trained_and_chosen_on(colours, quick):
+    go("--epochs", 1)
+    metadata = load_checkpoint(Path("best.pth"))[1]
+    assert metadata["trained_lists"] == [path_digest("./train.txt")]
+    assert metadata["chosen_list"] == path_digest(colours / "test.txt")
+    assert "folders" not in metadata and str(colours) not in str(metadata)
+    go("--epochs", 1, "--val-split", 0.5)
+    assert load_checkpoint(Path("best.pth"))[1]["chosen_list"] == path_digest("train.txt")
+    os.unlink("test.txt")
+    go("--epochs", 1, "--train", "train.txt")
+    metadata = load_checkpoint(Path("best.pth"))[1]
+    assert metadata["trained_lists"] == [path_digest("train.txt"), path_digest("best.train.txt")]
+    assert metadata["chosen_list"] == path_digest("best.test.txt")
+
+
+def test_of_epochs_with_equal_accuracy_the_one_with_the_lower_loss_is_the_best(colours, quick, monkeypatch):
+    figures = [(1.08, 0.8), (0.9, 0.8), (0.95, 0.8), (0.5, 0.7), (0.9, 0.8)]
+    coming = iter(figures)
+    monkeypatch.setattr(train, "evaluate", lambda *_: Metrics(*next(coming), 0.5, 15))
+    out = go("--epochs", 5)
+    assert [row["best"] for row in rows_of()] == ["1", "1", "0", "0", "0"]
+    assert load_checkpoint(Path("best.pth"))[1]["epoch"] == 2
+    # Wilson, of 12 of 15.
+    assert "\nbest      test accuracy 80% of 15 photos (95% interval 55 to 93%), epoch 2 (test.txt)\n" in out
+
+
+@pytest.mark.parametrize(
+    ("images", "words"), [(99, "accuracy 81% of 99 photos (95% interval 72 to 87%)"), (100, "accuracy 80.81%")]
+)
+def test_an_accuracy_of_few_photos_is_told_with_its_interval(images, words):
+    assert History(Path("best.pth"), "test").describe(Metrics(1.0, 80 / 99, 0.5, images)) == words
+
+
+@pytest.mark.parametrize(("lr", "warned"), [(5, True), (0.11, True), (0.1, False), (0.005, False)])
+def test_a_very_large_rate_is_warned_of(job, lr, warned):
+    status, _, err = job("--lr", lr)
+    line = f"warning: --lr {lr} is very large, and the accuracy will be poor; the default is 0.005\n"
+    assert status == 0 and (line in err) == warned

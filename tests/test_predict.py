@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LOAD, ROOT, answer, run_main, run_script
+from conftest import LOAD, ROOT, answer, run_main, run_script, save_photo
 from PIL import Image
 
 import predict
@@ -95,7 +95,8 @@ def test_accuracy_is_what_training_reported_to_the_last_digit(small_run, model):
     table, _ = answer("wrong.txt", "--root", small_run, "--model", "other.pth")
     percent, right, count = re.search(r"^accuracy +([\d.]+%)  (\d+) of (\d+),", table, re.MULTILINE).groups()
     assert int(count) == 12 and int(right) / 12 == metadata["accuracy"] < 1
-    assert f"best      test accuracy {percent}, " in out
+    assert percent == f"{metadata['accuracy']:.2%}"
+    assert f"best      test accuracy {metadata['accuracy']:.0%} of 12 photos " in out
 
 
 def test_the_table_keeps_away_from_rows_that_programs_read(model, quick_model):
@@ -117,12 +118,16 @@ def test_labels_beyond_the_models_classes_are_an_error_that_names_the_line(model
     ]
 
 
+@pytest.mark.parametrize("flags", [("--report", "report.html"), ("--format", "table"), ("--labelled",)], ids=str)
 @pytest.mark.parametrize("images", [["red.png"], ["list.txt", "red.png"], ["."], ["-"]], ids=str)
-def test_a_report_without_labels_is_an_error_before_any_work(model, monkeypatch, images):
+def test_what_needs_labels_is_an_error_before_any_work_without_them(model, monkeypatch, images, flags):
     monkeypatch.setattr(predict, "load", lambda *args: pytest.fail("worked first"))
     Path("list.txt").write_text("green.png 1\n")
-    out, err = answer(*images, "--report", "report.html", status=2)
-    assert out == "" and err.startswith("error: --report: needs labels") and err.count("\n") == 1
+    if images == ["."] and flags == ("--labelled",):
+        pytest.skip("a folder without class folders is named as such")
+    out, err = answer(*images, *flags, status=2)
+    flag = "--format table" if flags[0] == "--format" else flags[0]
+    assert out == "" and err.startswith(f"error: {flag}: needs labels; give lists") and err.count("\n") == 1
     assert not Path("report.html").exists()
 
 
@@ -173,6 +178,99 @@ def test_a_report_replaces_the_one_before_it_whole(model, quick_model):
     assert Path("kept.html").read_text() == "the old one" * 10**6
 
 
+@pytest.mark.parametrize("flags", [(), ("--format", "csv")], ids=str)
+def test_class_folders_named_as_the_models_classes_are_labels_and_that_is_said(model, flags):
+    for colour in ("red", "green", "blue"):
+        save_photo(f"photos/{colour}/older/1.png", colour)
+    out, err = answer("photos", "--report", "report.html", *flags)
+    taken = "photos: its folders are named as the model's classes, and taken as labels\n"
+    assert err.startswith(taken) and "accuracy  100.00%  3 of 3, " in out + err and Path("report.html").exists()
+    save_photo("photos/purple/1.png", "red")
+    out, err = answer("photos", "--format", "csv")
+    assert err == "" and [row["truth"] for row in csv.DictReader(io.StringIO(out, newline=""))] == [""] * 4
+    out, err = answer("photos", "--report", "report.html", status=2)
+    assert out == "" and err.startswith("error: photos: no class is called purple; there are red, green, blue\n")
+
+
+def test_where_a_photo_lies_beside_the_folders_these_are_no_labels(model):
+    save_photo("photos/red/1.png")
+    save_photo("photos/2.png")
+    out, err = answer("photos")
+    assert err == "" and "accuracy" not in out and out.count("\n") == 2
+
+
+def test_with_a_report_or_where_asked_for_the_table_stands_alone_and_rows_are_printed_on_request(model, quick_model):
+    Path("list.txt").write_text("red.png 0\nnone.png 1\ngreen.png 1\n")
+    for flags in (("--report", "report.html"), ("--format", "table")):
+        out, err = answer("list.txt", *flags, status=1)
+        assert out.startswith("accuracy ") and "red.png" not in out and err.startswith("error: none.png: ")
+        out, _ = answer("list.txt", *flags, "--format", "text", status=1)
+        assert out.startswith("red.png  ") and "\n\naccuracy " in out
+
+
+def test_a_missing_best_pth_is_named_with_its_folder_and_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_photo("red.png")
+    out, err = answer("red.png", status=2)
+    assert (out, err) == ("", f"error: no best.pth in {tmp_path}; give --model FILE or run train.py first\n")
+
+
+def test_a_list_beside_a_photo_keeps_its_labels(model, quick_model):
+    Path("list.txt").write_text("green.png 1\n")
+    out, err = answer("list.txt", "red.png", "--format", "csv")
+    assert [row["truth"] for row in csv.DictReader(io.StringIO(out, newline=""))] == ["green", ""]
+    assert " of 1, " in err
+    Path("list.txt").write_text("green.png 1\nblue.png 3\n")
+    assert "list.txt:2: blue.png: label 3, but" in answer("list.txt", "red.png", status=2)[1]
+
+
+@pytest.mark.parametrize("name", ["held", "held.lst", "held.csv.bak"])
+def test_a_list_is_known_by_its_lines_whatever_its_ending(model, quick_model, name):
+    Path(name).write_text("# of today\n\nred.png 0\ngreen.png 1\n")
+    assert " of 2, 95% interval" in answer(name)[0]
+    Path(name).write_text("a poem of 3 words\n")
+    assert answer(name, status=1)[1] == f"error: {name}: not an image\n"
+    os.replace("red.png", name)  # a photo needs no ending either
+    assert answer(name)[0].startswith(f"{name}  ")
+
+
+def test_csv_in_a_pipe_has_exact_names_whatever_the_locale(small_run, tmp_path):
+    names = [b"caf\xe9.png", "crème.png".encode(), "猫.png".encode()]
+    for name in names:
+        os.link(small_run / "red/test_0.png", os.path.join(bytes(tmp_path), name))
+    command = [sys.executable, ROOT / "predict.py", *names, "--format", "csv", "--workers", "0", "--model"]
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [*command, small_run / "best.pth"], cwd=tmp_path, env=os.environ | locale, capture_output=True, timeout=170
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row.split(b",")[0] for row in done.stdout.split(b"\r\n")] == [b"path", *names, b""]
+
+
+def test_a_class_name_that_is_no_text_is_escaped(model, monkeypatch, tmp_path):
+    classes = ["\ud800", *model.classes[1:]]
+    monkeypatch.setattr(predict, "load", lambda *_: dataclasses.replace(model, classes=classes))
+    with open("rows.csv", "w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        predict.main(["red.png", "--format", "csv", "--workers", "0", "--top-k", "3"])
+    assert b"\\ud800" in Path("rows.csv").read_bytes()
+
+
+@pytest.mark.parametrize("style", ["json", "csv", "text"])
+def test_where_the_model_has_no_finite_answer_the_row_is_an_error_and_json_holds_no_nan(model, monkeypatch, style):
+    backbone = torch.nn.Sequential(torch.nn.Flatten(1), torch.nn.Linear(3 * 224 * 224, 512, bias=False))
+    torch.nn.init.constant_(backbone[1].weight, 1e38)
+    broken = dataclasses.replace(model, backbone=backbone)
+    monkeypatch.setattr(predict, "load", lambda *_: broken)
+    out, err = answer("red.png", "--format", style, status=1)
+    assert "the model gives no finite number for it" in out + err
+    if style == "json":
+        constant = lambda name: pytest.fail(name)  # noqa: E731
+        assert json.loads(out, parse_constant=constant)["top"] == []
+    with pytest.raises(ImageError, match="no finite number"):
+        predict.predict(broken, ["red.png"])
+
+
 AWKWARD = 'a, "b"\nc.png'
 
 
@@ -184,7 +282,8 @@ def test_csv_rows_survive_commas_quotes_and_new_lines(model):
     assert header == ["path", "error", "truth", "name", "class1", "prob1", "class2", "prob2"]
     assert red[:5] == [AWKWARD, "", "", "red", "red"] and green[:5] == ["green.png", "", "", "green", "green"]
     expected = predict.predict(model, [AWKWARD])[0]
-    assert alike([(red[4], float(red[5])), (red[6], float(red[7]))], expected[:2])
+    assert alike([(red[4], float(red[5])), (red[6], float(red[7]))], expected[:2], tolerance=5e-5)
+    assert re.fullmatch(r"0\.\d{4}", red[5])  # four digits; JSON has them all
 
 
 def test_every_csv_row_has_as_many_fields_as_the_header(model, quick_model):

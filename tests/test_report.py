@@ -11,7 +11,8 @@ from browsing import HOSTILE, Page, ask, complaints, fetched, show
 from PIL import Image
 
 from transfer.console import UserError, printable
-from transfer.metrics import ClassificationScores, calibration_bins
+from transfer.files import path_digest
+from transfer.metrics import ClassificationScores, ScoredImage, calibration_bins
 from transfer.pages import report
 
 CURVES = [
@@ -52,14 +53,15 @@ def case(classes, images, name="class"):
         "probs": probs,
         "curves": CURVES,
         "model": "best.pth",
-        "list_name": "test.txt",
+        "lists": ["test.txt"],
     }
 
 
 def written(tmp_path, given, target="report.html"):
     """The page that is made of it; the curves lie beside the model, as training leaves them."""
-    labels, names = given["labels"].tolist(), {key: given[key] for key in ("model", "list_name")}
-    images = list(zip(given["paths"][: len(labels)], labels, given["probs"], strict=True))
+    labels, names = given["labels"].tolist(), {key: given[key] for key in ("model", "lists")}
+    whole = zip(given["paths"][: len(labels)], labels, given["probs"], strict=True)
+    images = [ScoredImage.of(path, label, probs) for path, label, probs in whole]
     metadata = {"classes": given["classes"]} | given["metadata"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "read_history", lambda model: given["curves"] if model == given["model"] else None)
@@ -132,7 +134,7 @@ def test_calibration_is_what_a_hand_counts():
     # Confidence 0.9 twice, one right; 0.6 twice, both right; 0.5 once, wrong.
     probs = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.6, 0.4], [0.5, 0.5]])
     labels = torch.tensor([0, 1, 1, 0, 1])
-    count, right, confidence, ece = calibration_bins(labels, probs)
+    count, right, confidence, ece = calibration_bins(probs.amax(1), probs.argmax(1) == labels)
     assert count.tolist() == [0, 0, 0, 0, 1, 2, 0, 0, 2, 0]  # a tenth holds its upper end: (0.8, 0.9]
     assert right.tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 1, 0]
     assert confidence[[4, 5, 8]].tolist() == pytest.approx([0.5, 0.6, 0.9])
@@ -203,7 +205,7 @@ def test_hostile_names_are_text(tmp_path):
     given = case(3, 12, name=HOSTILE)
     given["paths"] = [f"{number}{HOSTILE}".encode() + b"\xff.jpg" for number in range(12)]
     given["metadata"] = {"backbone": HOSTILE, "date": [HOSTILE], "seconds": HOSTILE, "recipe": {HOSTILE: HOSTILE}}
-    page = written(tmp_path, given | {"model": HOSTILE, "list_name": HOSTILE})
+    page = written(tmp_path, given | {"model": HOSTILE, "lists": [HOSTILE]})
     parsed = Page(page)
     assert "<script" not in page and "<img src=x" not in page
     assert not [tag for tag, attrs in parsed.tags if tag in ("script", "img") or any(a.startswith("on") for a in attrs)]
@@ -229,14 +231,39 @@ def test_malformed_curves_are_left_out_with_a_sentence(tmp_path, damage):
     assert "has a number that can't be read" in page and "best, epoch" not in page
 
 
-def test_the_page_says_whether_the_list_chose_the_epoch(tmp_path):
+def test_of_an_older_checkpoint_the_page_says_what_its_sentence_tells(tmp_path):
     given = case(3, 12)
     assert "also chose the epoch" in written(tmp_path, given | {"metadata": {"chosen_on": "./test.txt"}})
-    page = written(tmp_path, given | {"metadata": {"chosen_on": "other/test.txt"}})  # perhaps this one, perhaps not
-    assert "chosen on other/test.txt.</p>" in page and "also chose" not in page
-    page = written(tmp_path, given | {"metadata": {"chosen_on": "val.txt"}})
-    assert "chosen on val.txt; this list had no say" in page
+    for elsewhere in ("other/test.txt", "25% of test.txt", "val.txt"):  # whether this list had a say is not known
+        page = written(tmp_path, given | {"metadata": {"chosen_on": elsewhere}})
+        assert f"The epoch was chosen on {elsewhere}.</p>" in page and "also chose" not in page
     assert "chose" not in written(tmp_path, given | {"metadata": {}})
+
+
+@pytest.mark.parametrize(
+    ("lists", "words"),
+    [
+        (["test.txt"], "This list also chose the epoch"),
+        (["here/../test.txt"], "This list also chose the epoch"),
+        (["linked.txt"], "This list also chose the epoch"),
+        (["new.txt", "./test.txt"], "./test.txt also chose the epoch"),
+        (["train.txt"], "The model was trained on images of this list"),
+        (["new.txt", "train.txt"], "The model was trained on images of this list"),
+        (["new.txt"], "The epoch was chosen on test.txt, another list.</p>"),
+        (["elsewhere/test.txt"], "The epoch was chosen on test.txt.</p>"),  # perhaps the same list, of another machine
+    ],
+)
+def test_the_page_says_whether_the_list_chose_the_epoch_by_where_it_lies(tmp_path, monkeypatch, lists, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test.txt").touch()
+    (tmp_path / "linked.txt").symlink_to("test.txt")
+    (tmp_path / "here").mkdir()
+    metadata = {
+        "chosen_on": "test.txt",
+        "chosen_list": path_digest("test.txt"),
+        "trained_lists": [path_digest("train.txt")],
+    }
+    assert words in written(tmp_path, case(3, 12) | {"metadata": metadata, "lists": lists})
 
 
 def test_photos_are_embedded_small_and_a_lost_one_is_a_grey_square(tmp_path):

@@ -6,21 +6,22 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-MAX_IMAGES = 50_000  # images to fit one number on
+MAX_IMAGES = 50_000  # to fit one number on; of more every so many, since a list may be sorted by class
 
 
 @torch.inference_mode()
 def collect_logits(
-    module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], max_images: float = math.inf
+    module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], every: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """A module's logits (N, C) for batches of (inputs, labels), and the labels (N,), until there are so many."""
-    logits, labels, count = [], [], 0
+    """A module's logits (N, C) for batches of (inputs, labels), and the labels (N,); of every so many images one."""
+    num_classes = len([*module.parameters()][-1])  # the head's last parameter has a row per class
+    logits, labels, seen = [torch.empty(0, num_classes)], [torch.empty(0, dtype=torch.int64)], 0
     for inputs, known in batches:
-        logits.append(module(inputs).float().cpu())
-        labels.append(known.cpu())
-        count += len(known)
-        if count >= max_images:
-            break
+        some = slice(-seen % every, None, every)
+        seen += len(known)
+        if len(known[some]):
+            logits.append(module(inputs[some]).float().cpu())
+            labels.append(known[some].cpu())
     return torch.cat(logits), torch.cat(labels)
 
 

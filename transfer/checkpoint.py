@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from transfer.architectures import arch_title, infer_arch, meta_state_dict, new_network
 from transfer.console import UserError, first_three, printable, warn
-from transfer.distributed import is_main_process
+from transfer.distributed import broadcast, is_main_process
 from transfer.files import backup, history_path, load_untrusted, save_tensors
 from transfer.lists import MAX_CLASSES
 from transfer.metrics import Metrics
@@ -22,6 +22,9 @@ METADATA_TYPES = {
     "arch": str,  # torchvision's name
     "backbone": str,  # in words: what it is and whose weights it has
     "chosen_on": str,  # the list whose accuracy chose the epoch
+    "chosen_list": str,  # `path_digest` of it
+    "trained_lists": list,  # `path_digest` of each list or folder that was trained on, or partly
+    "folders": list,  # names of the class folders, where --classes gave the classes others
     "epoch": int,
     "accuracy": float,
     "recall": float,  # macro, at the same epoch
@@ -149,8 +152,10 @@ def is_valid_metadata(metadata: object, classes: int) -> bool:
         type(metadata[key]) is not METADATA_TYPES[key] for key in metadata if key in METADATA_TYPES
     ):
         return False
-    names = metadata.get("classes", ())
-    return metadata.get("format") == FORMAT and len(names) == classes and all(type(name) is str for name in names)
+    both = [metadata.get("classes", ()), metadata.get("folders", metadata.get("classes", ()))]
+    return metadata.get("format") == FORMAT and all(
+        len(names) == classes and all(type(name) is str for name in names) for names in both
+    )
 
 
 def save_checkpoint(path: Path, model: nn.Module, metadata: dict) -> None:
@@ -184,5 +189,5 @@ class Checkpointer:
         save_checkpoint(self.path, self.model, self.metadata | about_epoch)
 
     def restore(self) -> None:
-        """Give the model the weights that were saved last."""
-        self.model.load_state_dict(load_state(self.path)[0])
+        """Give the model the weights that were saved last, on all ranks."""
+        self.model.load_state_dict(broadcast(load_state(self.path)[0] if is_main_process() else None))

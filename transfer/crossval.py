@@ -5,7 +5,7 @@ are linked into groups, whole groups are assigned to folds, and each image's log
 fold. The K heads are trained at once, as one product of features that are known: seconds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -130,8 +130,9 @@ def out_of_fold_logits(
     seed: int,
     train_rows: Tensor | None = None,
     average_views: int = 1,
-) -> Tensor:
-    """Logits (N, C) of each image from a head that was trained as the real one was, but without the image's fold.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits of each image from a head that was trained as the real one was, but without the image's fold: some rows
+    (n,) and their logits (n, C) at a time, since all together are larger than the features where classes are many.
 
     features: (N, V, D); labels, fold: (N,). lrs: Adam's learning rate in each epoch, as the real head had them up to
     the epoch that was kept: only then are these logits as large as its own, and a temperature fitted on them fits it.
@@ -142,11 +143,10 @@ def out_of_fold_logits(
     weights, bias = train_fold_heads(
         features, labels, fold, train_rows, num_classes=num_classes, lrs=lrs, batch_size=batch_size, seed=seed
     )
-    logits = torch.empty(len(labels), num_classes)
     for number in range(int(fold.max()) + 1):
-        held, own = fold == number, slice(number * num_classes, (number + 1) * num_classes)
-        logits[held] = torch.addmm(bias[own], features[held, :average_views].mean(1), weights[:, own])
-    return logits
+        own = slice(number * num_classes, (number + 1) * num_classes)
+        for rows in (fold == number).nonzero().flatten().split(BLOCK):
+            yield rows, torch.addmm(bias[own], features[rows, :average_views].mean(1), weights[:, own])
 
 
 def train_fold_heads(
@@ -236,7 +236,8 @@ class CrossValidation:
     def logits(self, lrs: Sequence[float], batch_size: int) -> Tensor:
         """Out of fold, of all n images: (n, C)."""
         num_classes = int(self.labels.max()) + 1
-        return out_of_fold_logits(
+        logits = torch.empty(len(self.labels), num_classes)
+        for rows, values in out_of_fold_logits(
             self.features,
             self.labels,
             self.fold,
@@ -244,7 +245,9 @@ class CrossValidation:
             lrs=lrs,
             batch_size=batch_size,
             seed=self.seed,
-        )
+        ):
+            logits[rows] = values
+        return logits
 
 
 def cross_val_logits(features: Features, lrs: Sequence[float], hparams: Hyperparameters) -> list[tuple[Tensor, Tensor]]:

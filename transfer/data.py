@@ -24,6 +24,7 @@ TEST_SHARE = 0.2  # of the images of each class, held out where no test list is 
 class Data:
     """Training and test images and the names of their classes.
 
+    folders: the classes' names without --classes; train_path: the list or folder of train.
     test: None where a part of train is to be held out, whose lists are then written to split_paths; test_path: the list
     or folder that predict.py scores, and root, where its paths begin; files: the lists that were read; chosen_on: what
     the epoch is chosen on, in words.
@@ -32,6 +33,8 @@ class Data:
     train: ImageList
     test: ImageList | None
     classes: list[str]
+    folders: list[str]
+    train_path: Path
     split_paths: list[Path]
     test_path: Path
     root: Path
@@ -62,12 +65,13 @@ def load_data(
     if train_path is None:
         train_path, test_path = Path("train.txt"), test_path or Path("test.txt")
     train, problems = read_source(train_path, root)
-    classes = class_names(train, classes_path) if len(train) else []
+    folders = class_names(train, None) if len(train) else []
+    classes = class_names(train, classes_path) if classes_path and folders else folders
     test = None
     if test_path is not None:
         test, test_problems = read_source(test_path, root)
         if test.classes and classes:  # of a folder; it goes by the training folders, whatever --classes calls them
-            test_problems += remap_labels(test, class_names(train, None))
+            test_problems += remap_labels(test, folders)
         problems += test_problems
     elif not train_path.is_dir() and (beside := train_path.with_name("test.txt")).is_file():
         beside_list, test_problems = read_list(beside, root)
@@ -80,7 +84,7 @@ def load_data(
     files = [path for path in (train_path, test_path, classes_path) if path]
     scored, root = (test_path, root) if test else (split_paths[1], Path())
     chosen_on = f"{val_split:.0%} of {train.name}" if val_split else printable(scored)
-    return Data(train, test, classes, split_paths, scored, root, files, chosen_on)
+    return Data(train, test, classes, folders, train_path, split_paths, scored, root, files, chosen_on)
 
 
 def read_source(path: Path, root: Path) -> tuple[ImageList, list[str]]:

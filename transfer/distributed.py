@@ -80,6 +80,15 @@ def broadcast(value: object) -> object:
     return values[0]
 
 
+def gather(value: object) -> list | None:
+    """What each rank has, in their order, on rank 0; None on the others."""
+    if get_world_size() == 1:
+        return [value]
+    values = [None] * get_world_size() if is_main_process() else None
+    dist.gather_object(value, values)
+    return values
+
+
 def on_main_process(function: Callable) -> Callable:
     """Decorate a function that rank 0 alone runs: all ranks get what it returns."""
 

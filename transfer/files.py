@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import glob
+import hashlib
 import io
 import os
 import pickle
@@ -116,6 +117,11 @@ def save_tensors(path: Path, content: object) -> None:
 def history_path(checkpoint: Path) -> Path:
     """The CSV beside a checkpoint, with a row per epoch."""
     return checkpoint.parent / f"{checkpoint.stem}.csv"
+
+
+def path_digest(path: str | os.PathLike) -> str:
+    """The same for all ways to write a path, by which it is known again: a checkpoint need not tell where files lie."""
+    return hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
 
 
 def outputs_of(path: Path, lists: Sequence[Path]) -> list[Path]:

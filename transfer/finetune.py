@@ -66,8 +66,12 @@ def unfreeze(model: nn.Module, stage: str, compute: Compute) -> tuple[nn.Module,
     network = Network(tail, model.fc, compute)
     if compute.device.type == "mps":
         network.to(memory_format=torch.contiguous_format)
-    # No buffer changes while BatchNorm infers; and to broadcast them, ranks without an image would have to join in.
-    return trunk, DistributedDataParallel(network, broadcast_buffers=False) if get_world_size() > 1 else network
+    if get_world_size() > 1:
+        network = DistributedDataParallel(network)
+        network.broadcast_buffers = (
+            False  # none changes while BatchNorm infers; the argument's name goes by torch's age
+        )
+    return trunk, network
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -175,7 +179,7 @@ def rank_share(train: Split, val: Split) -> tuple[Split, Split]:
         raise UserError(f"{world} ranks have {len(rows)} images to fine-tune on; run fewer ranks")
     rows = rows[get_rank() :: world][: len(rows) // world]
     val_rows = val_rows[torch.tensor(rank_slice(len(val_rows)), dtype=torch.int64)]
-    train_views, val_views = replace(train.dataset, views=[0, 1]), replace(val.dataset, views=[0])
+    train_views, val_views = replace(train.dataset, views=train.dataset.views[:2]), replace(val.dataset, views=[0])
     return Split(train_views, train.features.only(rows)), Split(val_views, val.features.only(val_rows))
 
 
@@ -184,8 +188,8 @@ def prepare_finetuning(
 ) -> FineTuning:
     """The network from the unfrozen stages on, and what trains it.
 
-    The trunk before the stages stays frozen, outside the graph; what it gives for the evaluation view and its mirror
-    image, which come by turns, never changes, and is kept where it fits into memory.
+    The trunk before the stages stays frozen, outside the graph; what it gives for the evaluation view and, from two
+    views on, its mirror image, which come by turns, never changes, and is kept where it fits into memory.
     early_head: the head's state after a few epochs: a random head's gradients would spoil the features (LP-FT, Kumar
     et al. 2022), and one that fits its training images perfectly has none left (measured: 1.7 points less).
     Under torchrun each rank has images of its own. Raises UserError.

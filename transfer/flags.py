@@ -11,6 +11,7 @@ from typing import NoReturn
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # the recipe's first
 STAGES = ("layer4", "layer3", "all")  # what --unfreeze may name
+DEFAULT_LR = 0.005  # of the head
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -83,9 +84,7 @@ class NoAugment(argparse.Action):
     """Ends a command line with the flag that went, in one line."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_) -> None:
-        parser.exit(
-            2, "error: --augment is gone: random views are trained on by default; --views 2 trains without them\n"
-        )
+        parser.error("--augment is gone: --views 4, the default, trains on random views too; --views 2 on none")
 
 
 def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -112,7 +111,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--finetune-epochs", type=int_at_least(0), default=0, metavar="N", help="then of the last stages too")
     add("--unfreeze", choices=STAGES, default=STAGES[0], metavar="STAGE", help="layer4, layer3 or all")
     add("--batch-size", type=int_at_least(1), default=64, metavar="N", help="images per training step")
-    add("--lr", type=positive_float, default=0.005, metavar="RATE", help="learning rate of the head")
+    add("--lr", type=positive_float, default=DEFAULT_LR, metavar="RATE", help="learning rate of the head")
     add("--finetune-lr", type=positive_float, default=2e-4, metavar="RATE", help="the stages' highest rate")
     add("--balance", action="store_true", help="for classes of very unequal size")
     add("--views", type=int_at_least(1), default=4, metavar="V", help="1: plain, 2: mirrored too, more: random")
@@ -136,14 +135,15 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     what = "images, folders, lists ending in .txt, or - for paths on standard input"
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=what)
-    parser.add_argument("--labelled", action="store_true", help="folders hold class folders: score them")
+    parser.add_argument("--labelled", action="store_true", help="folders hold class folders, of the model's classes")
     parser.add_argument("--labeled", dest="labelled", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, default="best.pth", metavar="FILE", help="what train.py saved")
     parser.add_argument("--root", type=Path, default=".", metavar="DIR", help="where the paths in lists begin")
     add = parser.add_argument_group("output").add_argument
     add("--top-k", type=int_at_least(1), default=3, metavar="K", help="classes named for each image")
     add("--min-prob", type=open_unit_float, metavar="P", help="below this an image is named unknown")
-    add("--format", choices=("text", "csv", "json"), default="text", metavar="NAME", help="text, csv or json")
+    what = "rows as text, csv, json, or table: none (text, table with --report)"
+    add("--format", choices=("text", "csv", "json", "table"), metavar="NAME", help=what)
     add("--report", type=Path, metavar="FILE", help="page of the mistakes, where labels are known")
     add = parser.add_argument_group("running").add_argument
     add("--mirror", action="store_true", help="also look at the mirrored photo, in twice the time")

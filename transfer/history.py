@@ -7,21 +7,26 @@ import time
 from pathlib import Path
 
 from transfer.checkpoint import describe_existing
-from transfer.console import predict_command, printable, warn
+from transfer.console import plural, predict_command, printable, warn
 from transfer.data import Data
 from transfer.device import Compute
 from transfer.distributed import is_main_process
 from transfer.features import Splits
-from transfer.files import backup_path, history_path, save_atomically
-from transfer.metrics import Metrics
+from transfer.files import backup_path, history_path, path_digest, save_atomically
+from transfer.flags import DEFAULT_LR
+from transfer.metrics import Metrics, wilson_interval
 from transfer.pretrained import Pretrained
 
+FEW_IMAGES = 100  # below which an accuracy is told with its interval: 16 points wide or more, at 80%
+LARGE_LR = 0.1  # of the head: 20 times the default
 UNEVEN = 10  # times the images of the smallest class, beyond which the largest one calls for --balance
 
 
-def print_header(compute: Compute, pretrained: Pretrained, data: Data, history: "History") -> None:
-    """What the run computes on, starts from, trains on, and will replace."""
+def print_header(compute: Compute, pretrained: Pretrained, data: Data, history: "History", *, lr: float) -> None:
+    """What the run computes on, starts from, trains on, and will replace. lr: of the head."""
     warn(*pretrained.warnings)
+    if lr > LARGE_LR:
+        warn(f"--lr {lr:g} is very large, and the accuracy will be poor; the default is {DEFAULT_LR:g}")
     num_classes = len(data.classes)
     print(f"device    {compute.device}, {compute.precision}")
     print(f"backbone  {pretrained.description}")
@@ -40,8 +45,12 @@ def print_header(compute: Compute, pretrained: Pretrained, data: Data, history: 
 
 def run_metadata(flags: dict, data: Data, pretrained: Pretrained, splits: Splits, *, compute: Compute) -> dict:
     """What all checkpoints of a run hold about it."""
-    return {
+    renamed = {"folders": data.folders} if data.folders != data.classes else {}
+    chosen = data.train_path if flags["val_split"] else data.test_path
+    return renamed | {
         "classes": data.classes,
+        "trained_lists": [path_digest(path) for path in (data.train_path, *data.split_paths[:1])],
+        "chosen_list": path_digest(chosen),
         "arch": flags["arch"],
         "backbone": pretrained.description,
         "chosen_on": data.chosen_on,
@@ -89,20 +98,24 @@ class History:
         return val.macro_recall if self.balanced else val.accuracy
 
     def is_best(self, val: Metrics) -> bool:
-        return self.score(val) > self.score(self.best)
+        """Of equal scores, which few images often have, the lower loss is the better."""
+        return (self.score(val), -val.loss) > (self.score(self.best), -self.best.loss)
 
     def describe(self, metrics: Metrics) -> str:
-        """Accuracy and, where classes are to count alike, macro recall, in words."""
-        return f"accuracy {metrics.accuracy:.2%}" + (
-            f", macro recall {metrics.macro_recall:.2%}" if self.balanced else ""
-        )
+        """Accuracy and, where classes are to count alike, macro recall, in words; how sure it is where images are few."""
+        words, images = f"accuracy {metrics.accuracy:.2%}", metrics.images
+        if images and images < FEW_IMAGES:
+            low, high = wilson_interval(round(metrics.accuracy * images), images)
+            words = f"accuracy {metrics.accuracy:.0%} of {plural(images, 'photo')}"
+            words += f" (95% interval {100 * low:.0f} to {high:.0%})"
+        return words + (f", macro recall {metrics.macro_recall:.2%}" if self.balanced else "")
 
     def add(self, epoch: int, train: Metrics, val: Metrics, lr: float) -> None:
         """Print and write an epoch. Raises UserError (status 1) where the disk is full or fails."""
         best = self.is_best(val)
         if best:
             self.best_epoch, self.best = epoch, val
-        shown = val if self.balanced else val[:2]
+        shown = val[: 3 if self.balanced else 2]
         self.rows.append((epoch, train.loss, train.accuracy, *shown, lr, int(best)))
         if not is_main_process():
             return

@@ -18,11 +18,14 @@ BINS = 10  # of confidence, as Guo et al. (2017) have them
 
 
 class Metrics(NamedTuple):
-    """Of the images of an epoch: mean loss, share that is right, and its mean over the classes that have images."""
+    """Of the images of an epoch: mean loss, share that is right, its mean over the classes that have images, and how
+    many they are.
+    """
 
     loss: float
     accuracy: float
     macro_recall: float
+    images: int | None = None
 
 
 class MetricMeter:
@@ -46,9 +49,9 @@ class MetricMeter:
         if self.all_ranks:
             dist.all_reduce(totals)
         hits, images = totals[1:].chunk(2)
-        there = images > 0
+        there, count = images > 0, int(images.sum())
         recall = (hits[there] / images[there]).mean()
-        return Metrics((totals[0] / images.sum()).item(), (hits.sum() / images.sum()).item(), recall.item())
+        return Metrics(totals[0].item() / count, hits.sum().item() / count, recall.item(), count)
 
 
 class ClassificationScores:
@@ -110,6 +113,13 @@ class ClassificationScores:
     def f1(self) -> Tensor:
         return 2 * self.hits / (self.images + self.guessed)
 
+    def macro_average(self) -> tuple[float, float, float]:
+        """Precision, recall and F1, each its mean over the classes that have images; of one never predicted 0."""
+        there = self.images > 0
+        columns = (self.precision, self.recall, self.f1)
+        precision, recall, f1 = (float(column[there].nan_to_num(0).mean()) for column in columns)
+        return precision, recall, f1
+
     def taken_for(self) -> dict[int, tuple[int, int]]:
         """Of each class with mistakes: the class that it is most often taken for, and how often."""
         most = {}
@@ -124,26 +134,49 @@ class ClassificationScores:
         return sorted(range(len(recall)), key=lambda label: (math.isnan(recall[label]), recall[label], label))
 
 
-def calibration_bins(labels: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-    """By tenth of confidence: images (10,), right ones (10,), mean confidence (10,); and the expected error.
+class ScoredImage(NamedTuple):
+    """What a report keeps of an image: its path and label, the three likeliest classes and their probabilities."""
+
+    path: bytes
+    label: int
+    guesses: list[int]
+    probs: list[float]
+
+    @classmethod
+    def of(cls, path: bytes, label: int, probs: Tensor) -> "ScoredImage":
+        """probs: (C,)."""
+        top = probs.topk(min(3, len(probs)))
+        return cls(path, label, top.indices.tolist(), top.values.tolist())
+
+    @property
+    def confidence(self) -> float:
+        return self.probs[0]
+
+    @property
+    def right(self) -> bool:
+        return self.guesses[0] == self.label
+
+
+def calibration_bins(confidence: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Of N images their confidence and whether they are right, by tenth of confidence: images (10,), right ones (10,), mean confidence (10,); and the expected error.
 
     The tenths are (0, 0.1], (0.1, 0.2], ...; the error is the gap between share right and mean
     confidence, weighted by images (Guo et al. 2017, equation 3).
     """
-    confidence, guesses = probs.max(1)
     tenth = torch.bucketize(confidence, torch.arange(1, BINS) / BINS)
     count = torch.bincount(tenth, minlength=BINS)
-    right = torch.bincount(tenth[guesses == labels], minlength=BINS)
+    hits = torch.bincount(tenth[right], minlength=BINS)
     total = torch.bincount(tenth, confidence.double(), minlength=BINS)
-    ece = float((right - total).abs().sum() / max(1, len(labels)))
-    return count, right, total / count, ece
+    ece = float((hits - total).abs().sum() / max(1, len(confidence)))
+    return count, hits, total / count, ece
 
 
 def class_weights(labels: Tensor, classes: int) -> Tensor:
-    """Weights (C,) of classes in the loss, inverse to their images, so that all classes weigh alike: 1 on average over
-    the images.
+    """Weights (C,) of classes in the loss, inverse to their images, so that all that have some weigh alike: 1 on
+    average over the images.
     """
-    return len(labels) / (classes * labels.bincount(minlength=classes).clamp_min(1))
+    images = labels.bincount(minlength=classes)
+    return len(labels) / ((images > 0).sum() * images.clamp_min(1))
 
 
 def likeliest(probs: Tensor, classes: Sequence[str], count: int) -> list[tuple[str, float]]:
@@ -166,7 +199,7 @@ def percent(value: float) -> str:
 
 
 def classification_report(scores: ClassificationScores, classes: Sequence[str]) -> str:
-    """Accuracy, then a line per class, worst recall first, then macro averages as scikit-learn takes them."""
+    """Accuracy, then a line per class, worst recall first, then means over the classes with images."""
     lines = []
     for what, right, part, (low, high) in (
         ("accuracy", scores.right, scores.accuracy, scores.accuracy_interval),
@@ -188,7 +221,6 @@ def classification_report(scores: ClassificationScores, classes: Sequence[str]) 
         precision, recall, f1 = (percent(column[label]) for column in columns)
         line = f"{names[label]:<{width}}  {images[label]:6,}  {precision:>9}  {recall:>7}  {f1:>7}  {other}"
         lines.append(line.rstrip())
-    present = [label for label in order if not math.isnan(columns[2][label])]
-    means = [sum(0 if math.isnan(column[c]) else column[c] for c in present) / len(present) for column in columns]
-    lines.append(f"{'macro average':<{width}}  {scores.count:6,}  {means[0]:9.1%}  {means[1]:7.1%}  {means[2]:7.1%}")
+    precision, recall, f1 = scores.macro_average()
+    lines.append(f"{'macro average':<{width}}  {scores.count:6,}  {precision:9.1%}  {recall:7.1%}  {f1:7.1%}")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ def nearest(queries: Tensor, keys: Tensor, itself: bool = False) -> tuple[Tensor
     keys' first views, and no image is its own neighbour. In tiles, so that memory grows with N + M.
     """
     count = max(0, min(NEAREST, len(keys) - itself))
-    squares = keys.square().sum(2)
+    squares = torch.cat([tile.square().sum(2) for tile in keys.split(TILE)])  # at once it would copy the whole table
     distances, rows = [], []
     for start in range(0, len(queries), TILE):
         block = queries[start : start + TILE]
@@ -25,9 +25,9 @@ def nearest(queries: Tensor, keys: Tensor, itself: bool = False) -> tuple[Tensor
             check_stop()
             tile, tile_squares = keys[first : first + TILE], squares[first : first + TILE]
             # Less the block's own squares, which are the same for all keys.
-            found = torch.stack(
-                [torch.addmm(tile_squares[:, view], block, tile[:, view].T, alpha=-2) for view in range(keys.shape[1])]
-            ).amin(0)
+            found = torch.addmm(tile_squares[:, 0], block, tile[:, 0].T, alpha=-2)
+            for view in range(1, keys.shape[1]):
+                torch.minimum(found, torch.addmm(tile_squares[:, view], block, tile[:, view].T, alpha=-2), out=found)
             if itself and first == start:
                 found.fill_diagonal_(torch.inf)
             found, columns = found.topk(min(count, len(tile)), largest=False)

@@ -1,5 +1,6 @@
-"""Training: the hyperparameters of a run, which views an epoch trains on, and batches of kept features."""
+"""Training: the hyperparameters of a run, which views an epoch trains on, batches of features, losses checked."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transfer.console import UserError
 from transfer.features import Features
 
 
@@ -67,3 +69,15 @@ class Loaders(NamedTuple):
 
     train: FeatureLoader
     val: Iterable[tuple[Tensor, Tensor]]
+
+
+def check_finite(loss: float, where: str, inputs: Iterable[Tensor]) -> None:
+    """Raises UserError (status 1) where a loss is not finite; the inputs, looked at only then, show which cause it has.
+
+    where: the loss, the epoch and the step in words.
+    """
+    if math.isfinite(loss):
+        return
+    if all(bool(each.isfinite().all()) for each in inputs):
+        raise UserError(f"{where}; try a smaller --lr", status=1)
+    raise UserError(f"{where}: the backbone's features overflow; give other --weights", status=1)

@@ -1,7 +1,7 @@
 """Label errors: which labels are probably wrong, by the logits of heads that were not trained on them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,8 @@ RIGHT_BEFORE = (
 )
 LEAST_SHARE = 0.01  # of wrong labels, for which a model's power to find them is estimated
 WEAK = 0.2  # power below which a model can't judge labels
-MAX_LOGITS = 10_000_000  # that two numbers are fitted on: 80 MB
-CHUNK = 10_000  # images at a time
+MAX_LOGITS = 10_000_000  # that two numbers are fitted on
+PART = 1_000_000  # logits at a time: 8 MB in float64
 
 
 @dataclass(frozen=True)
@@ -58,32 +58,42 @@ def score_labels(logits: Tensor, labels: Tensor) -> LabelQuality:
     those that are more likely wrong than right were; with 20 to 120 images, a half.
     """
     num_classes = logits.shape[1]
-    suggested = logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
+    suggested = torch.cat([part.scatter(1, own[:, None], -torch.inf).argmax(1) for part, own in parts(logits, labels)])
     if num_classes == 1:
         return LabelQuality(torch.ones(len(labels)), torch.zeros(len(labels)), suggested, 0.0, 1.0, 0.0)
     # Every so many of a long list, which may be sorted by class.
-    sample = torch.arange(0, len(labels), math.ceil(len(labels) * num_classes / MAX_LOGITS))
-    some, theirs, best = logits[sample].double(), labels[sample], (-math.inf, 1.0, 0.0)
+    every = math.ceil(len(labels) * num_classes / MAX_LOGITS)
+    some, theirs, best = logits[::every], labels[::every], (-math.inf, 1.0, 0.0)
     for temperature in torch.logspace(-0.6, 1, 33).tolist():  # from 1/4 to 10
         q = self_confidence(some, theirs, temperature)
         noise_rate = fit_noise_rate(q, num_classes)
         likelihood = label_prob(q, noise_rate, num_classes).log().sum() + RIGHT_BEFORE * math.log(1 - noise_rate)
         best = max(best, (float(likelihood), temperature, noise_rate))
     _, temperature, noise_rate = best
-    parts = zip(logits.split(CHUNK), labels.split(CHUNK), strict=True)
-    q = torch.cat([self_confidence(part.double(), own, temperature) for part, own in parts])
+    q = self_confidence(logits, labels, temperature)
     error_prob = noise_rate * (1 - q) / (num_classes - 1) / label_prob(q, noise_rate, num_classes)
     # More likely wrong than right are labels below this q; how many would be, had they any other class?
     share = max(noise_rate, LEAST_SHARE)
     edge = share / (share + (1 - share) * (num_classes - 1))
-    others = (some / temperature).softmax(1).scatter(1, theirs[:, None], 1)
-    power = (others < edge).double().sum(1).mean() / (num_classes - 1)
-    return LabelQuality(q, error_prob, suggested, noise_rate, temperature, float(power))
+    found = 0
+    for part, own in parts(some, theirs):
+        found += int(((part.double() / temperature).softmax(1).scatter_(1, own[:, None], 1) < edge).sum())
+    power = found / len(theirs) / (num_classes - 1)
+    return LabelQuality(q, error_prob, suggested, noise_rate, temperature, power)
+
+
+def parts(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (n, C) and labels (n,) of some images at a time: what is computed of all at once takes several times the
+    memory of the logits.
+    """
+    rows = max(1, PART // logits.shape[1])
+    return zip(logits.split(rows), labels.split(rows), strict=True)
 
 
 def self_confidence(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """The probability of each label, (N,), by logits (N, C)."""
-    return (logits / temperature).log_softmax(1).gather(1, labels[:, None])[:, 0].exp()
+    """The probability of each label, (N,), by logits (N, C), in float64."""
+    scaled = ((part.double() / temperature, own) for part, own in parts(logits, labels))
+    return torch.cat([part.log_softmax(1).gather(1, own[:, None])[:, 0].exp() for part, own in scaled])
 
 
 def label_prob(q: Tensor, noise_rate: float, num_classes: int) -> Tensor:
@@ -111,10 +121,10 @@ def score_labels_out_of_fold(
     found with an average precision of 0.62 instead of 0.85). What a first
     round doubts is left out of what a second one, in other folds, is trained on.
     """
-    train_rows, total = torch.arange(len(labels)), 0
+    train_rows, mean = torch.arange(len(labels)), torch.zeros(len(labels), num_classes)
     for seed in range(ROUNDS):
         fold = assign_folds(labels, copy_groups, k=FOLDS, seed=seed)
-        total = total + out_of_fold_logits(
+        for rows, logits in out_of_fold_logits(
             features,
             labels,
             fold,
@@ -124,7 +134,8 @@ def score_labels_out_of_fold(
             seed=seed,
             train_rows=train_rows,
             average_views=features.shape[1],
-        )
-        quality = score_labels(total / (seed + 1), labels)
+        ):
+            mean[rows] = mean[rows].lerp(logits, 1 / (seed + 1))  # of the rounds so far
+        quality = score_labels(mean, labels)
         train_rows = (quality.error_prob <= 0.5).nonzero().flatten()
     return quality

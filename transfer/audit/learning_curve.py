@@ -60,7 +60,8 @@ def learning_curve(images: CrossValidation, num_classes: int, lrs: Sequence[floa
         for draw, fold in enumerate(folds):
             drawn = stratified_group_holdout(labels, groups, share, draw) if share < 1 else torch.ones_like(fold)
             train_rows = drawn.nonzero().flatten()
-            logits = out_of_fold_logits(
+            right = torch.empty(len(labels), dtype=torch.bool)
+            for rows, logits in out_of_fold_logits(
                 images.features,
                 labels,
                 fold,
@@ -69,9 +70,10 @@ def learning_curve(images: CrossValidation, num_classes: int, lrs: Sequence[floa
                 batch_size=batch_size,
                 seed=draw,
                 train_rows=train_rows,
-            )
+            ):
+                right[rows] = logits.argmax(1) == labels[rows]
             known = class_in_other_folds(labels, fold)
-            right = (logits.argmax(1) == labels)[known]
+            right = right[known]
             accuracy[step, draw] = right.double().mean()
             by_class = labels[known]
             hits, total = (some.bincount(minlength=num_classes) for some in (by_class[right], by_class))

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transfer.files import history_path, save_atomically
-from transfer.metrics import BINS, NONE, ClassificationScores, calibration_bins, percent
+from transfer.files import history_path, path_digest, save_atomically
+from transfer.metrics import BINS, NONE, ClassificationScores, ScoredImage, calibration_bins, percent
 from transfer.pages.html import (
     BOTTOM,
     HEIGHT,
@@ -308,37 +308,34 @@ def recall_table(scores: ClassificationScores, classes: list[str]) -> str:
 # Images
 
 
-def card(path: bytes, label: int, probs: Tensor, classes: list[str]) -> str:
+def card(image: ScoredImage, classes: list[str]) -> str:
     """One image, its label, and the three likeliest classes."""
-    values, guesses = probs.topk(min(3, len(classes)))
-    bars = []
-    for place, (value, guess) in enumerate(zip(values.tolist(), guesses.tolist())):
+    bars, label = [], image.label
+    for place, (value, guess) in enumerate(zip(image.probs, image.guesses, strict=True)):
         kind = " right" if guess == label else " wrong" if place == 0 else ""
         bars.append(
             f'<div class="guess{kind}"><span title="{escape(classes[guess])}">{escape(classes[guess])}</span>'
             f'<span>{value:.1%}</span><i style="--share:{value:.1%}"></i></div>'
         )
-    alt = f"labelled {escape(classes[label])}, taken for {escape(classes[int(guesses[0])])}"
+    alt = f"labelled {escape(classes[label])}, taken for {escape(classes[image.guesses[0]])}"
     return (
-        f'<li class="card">{thumbnail(path, alt)}<p class="true">labelled <b>{escape(classes[label])}</b></p>'
-        f'<div>{"".join(bars)}</div><p class="path">{escape(path)}</p></li>'
+        f'<li class="card">{thumbnail(image.path, alt)}<p class="true">labelled <b>{escape(classes[label])}</b></p>'
+        f'<div>{"".join(bars)}</div><p class="path">{escape(image.path)}</p></li>'
     )
 
 
-def gallery(paths: Sequence[bytes], labels: Tensor, probs: Tensor, classes: list[str]) -> str:
+def gallery(images: Sequence[ScoredImage], classes: list[str]) -> str:
     """The most confident mistakes and the least confident hits."""
-    confidence, guesses = probs.max(1)
-    right = guesses == labels
-    order = confidence.argsort(stable=True).tolist()
-    confusions = [index for index in reversed(order) if not right[index]]
-    hits = [index for index in order if right[index]]
+    by_confidence = sorted(images, key=lambda image: image.confidence)
+    mistakes = [image for image in reversed(by_confidence) if not image.right]
+    hits = [image for image in by_confidence if image.right]
     parts = [
         "<p>Where a true label looks wrong, this is the place to see it. "
         "Blue is the class of the label, orange the mistake.</p>"
     ]
-    for name, chosen, most in (("Most confident mistakes", confusions, MISTAKES), ("Least confident hits", hits, HITS)):
+    for name, chosen, most in (("Most confident mistakes", mistakes, MISTAKES), ("Least confident hits", hits, HITS)):
         count = f"{min(most, len(chosen))} of {len(chosen):,}" if chosen else "there are none"
-        cards = "".join(card(paths[i], int(labels[i]), probs[i], classes) for i in chosen[:most])
+        cards = "".join(card(image, classes) for image in chosen[:most])
         parts.append(f'<h3 class="shelf">{name}, {count}</h3><ul class="cards">{cards}</ul>')
     return "".join(parts)
 
@@ -384,10 +381,10 @@ def reliability_chart(count: Sequence[int], right: Sequence[int], confidence: Se
     return f"<figure><h3>Share right in each tenth</h3>{svg(WIDTH, HEIGHT, label, ''.join(parts))}</figure>"
 
 
-def confidence_section(scores: ClassificationScores, labels: Tensor, probs: Tensor) -> str:
+def confidence_section(scores: ClassificationScores, confidence: Tensor, right: Tensor) -> str:
     """Both charts, and the expected calibration error in words."""
-    count, right, means, ece = calibration_bins(labels, probs)
-    tenths, mean = (count.tolist(), right.tolist()), float(probs.max(1).values.mean())
+    count, hits, means, ece = calibration_bins(confidence, right)
+    tenths, mean = (count.tolist(), hits.tolist()), float(confidence.mean())
     return (
         f"<p>Confidence is the probability of the likeliest class. Mean confidence is {mean:.1%}, and "
         f"{scores.accuracy:.1%} are right. Where the two agree in every tenth, the bars end on the dashed line; the "
@@ -401,44 +398,57 @@ def confidence_section(scores: ClassificationScores, labels: Tensor, probs: Tens
 # The page
 
 
-def chosen_note(metadata: dict, list_name: str) -> str:
-    """Whether the list that is reported on had a say in which epoch was kept."""
-    chosen_on = metadata.get("chosen_on")
+def chosen_note(metadata: dict, lists: Sequence[str]) -> str:
+    """Whether the model was trained on what is reported on, or its epoch chosen on it.
+
+    Lists are compared by where they lie; older checkpoints name the one that chose the epoch, and no more.
+    """
+    chosen_on, trained = metadata.get("chosen_on"), metadata.get("trained_lists")
     if chosen_on is None:
         return ""
-    if os.path.normpath(str(chosen_on)) == os.path.normpath(list_name):
-        return "<p>This list also chose the epoch that was kept, so its figures flatter a little.</p>"
-    known = os.path.basename(str(chosen_on)) != os.path.basename(list_name)  # else it may be the same, from elsewhere
-    return f"<p>The epoch was chosen on {escape(chosen_on)}{'; this list had no say in it' if known else ''}.</p>"
+    where = [path_digest(path) for path in lists]
+    if trained is None:
+        choosing = [path for path in lists if os.path.normpath(path) == os.path.normpath(str(chosen_on))]
+    elif any(digest in trained for digest in where):
+        return "<p>The model was trained on images of this list: the figures are far too high.</p>"
+    else:
+        choosing = [path for path, digest in zip(lists, where, strict=True) if digest == metadata.get("chosen_list")]
+    if choosing:
+        which = "This list" if len(lists) == 1 else escape(choosing[0])
+        return f"<p>{which} also chose the epoch that was kept, so the figures are a little too high.</p>"
+    # A list of the same name may be the same, from another machine.
+    names = {os.path.basename(os.path.normpath(path)) for path in lists}
+    another = trained is not None and os.path.basename(os.path.normpath(str(chosen_on))) not in names
+    return f"<p>The epoch was chosen on {escape(chosen_on)}{', another list' if another else ''}.</p>"
 
 
 def save_report(
     path: Path,
     metadata: dict,
     scores: ClassificationScores,
-    images: Sequence[tuple[bytes, int, Tensor]],
+    images: Sequence[ScoredImage],
     *,
     model: Path,
-    list_name: str,
+    lists: Sequence[str],
 ) -> None:
-    """Draw the report of a model on a list of N labelled images of C classes. Raises UserError (status 1).
+    """Draw the report of a model on labelled images. Raises UserError (status 1).
 
-    metadata: of the checkpoint; images: path, label and probabilities (C,) of each.
+    metadata: of the checkpoint; lists: the lists and folders whose images they are.
     """
-    classes = metadata["classes"]
-    paths, labels, probs = zip(*images, strict=True)
-    labels, probs = torch.tensor(labels), torch.stack(probs)
+    classes, list_name = metadata["classes"], ", ".join(lists)
+    confidence = torch.tensor([image.confidence for image in images])
+    right = torch.tensor([image.right for image in images])
     header = (
         f'<p class="eyebrow">Image classifier report</p><h1>{escape(model)}</h1><p class="lede">Tested on the '
-        f"{len(labels):,} images of {escape(list_name)}, {len(classes):,} classes.</p>"
-        f"{headline(scores, calibration_bins(labels, probs)[-1])}{chosen_note(metadata, list_name)}{facts(metadata)}"
+        f"{len(images):,} images of {escape(list_name)}, {len(classes):,} classes.</p>"
+        f"{headline(scores, calibration_bins(confidence, right)[-1])}{chosen_note(metadata, lists)}{facts(metadata)}"
     )
     sections = (
         ("Learning curves", learning_curves(read_history(model)), "whole"),
         ("Confusion matrix", confusion_matrix(scores, classes), "whole"),
         ("Classes", recall_table(scores, classes), "whole"),
-        ("Images", gallery(paths, labels, probs, classes), ""),
-        ("Confidence", confidence_section(scores, labels, probs), "whole"),
+        ("Images", gallery(images, classes), ""),
+        ("Confidence", confidence_section(scores, confidence, right), "whole"),
     )
     text = page(f"{escape(model)}: {scores.accuracy:.2%} of {escape(list_name)}", header, sections)
     save_atomically(path, text.encode())

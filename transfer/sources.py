@@ -1,0 +1,108 @@
+"""Sources: what the arguments of predict.py name, read as one list, and which of its images have labels."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from transfer.console import UserError, printable
+from transfer.files import open_regular
+from transfer.folders import find_images, read_folder, remap_labels
+from transfer.images import SUFFIXES
+from transfer.lists import ImageList, ListsError, label_problem, read_list
+
+
+class Source(NamedTuple):
+    """The images that one argument names. labelled: None of a folder whose folders may have the classes' names."""
+
+    image_list: ImageList
+    labelled: bool | None
+
+
+def looks_like_list(path: str) -> bool:
+    """Whether a file is a list: it ends in .txt, or its first line that is no comment ends in a class number."""
+    if path.endswith(".txt"):
+        return True
+    try:
+        with open_regular(path) as file:
+            head = b"" if path.lower().endswith(SUFFIXES) else file.read(1 << 12)
+    except OSError:
+        return False
+    lines = [line.rsplit(None, 1) for line in head.split(b"\n") if line.strip() and line.strip()[:1] != b"#"]
+    return b"\0" not in head and bool(lines) and label_problem(lines[0]) is None
+
+
+def read_plain_folder(folder: str) -> Source:
+    """All images in a folder and below it, with the names of its folders as classes if none lies beside these."""
+    paths, start = find_images(os.fsencode(folder))[0], len(os.path.join(os.fsencode(folder), b""))
+    parts = [path[start:].split(os.fsencode(os.sep)) for path in paths]
+    names = sorted({part[0] for part in parts}) if all(len(part) > 1 for part in parts) else []
+    places = {name: label for label, name in enumerate(names)}
+    labels = [places.get(part[0], 0) for part in parts]
+    image_list = ImageList(folder, paths, labels, range(len(paths)))
+    image_list.classes = [os.fsdecode(name) for name in names]
+    return Source(image_list, None if names else False)
+
+
+def read_sources(arguments: Sequence[str], root: Path, labelled: bool) -> list[Source]:
+    """The images that files, folders and lists name. labelled: folders hold class folders. Raises UserError."""
+    sources, problems = [], []
+    for argument in arguments:
+        found = []
+        if os.path.isdir(argument) and not labelled:
+            sources.append(read_plain_folder(argument))
+            if not len(sources[-1].image_list):
+                endings = ", ".join(SUFFIXES)
+                found.append(f"{printable(argument)}: no image in this folder; their names end in {endings}")
+        elif os.path.isdir(argument) or looks_like_list(argument):
+            # Of a list each line has a row, also that of a missing image.
+            path = Path(argument)
+            image_list, found = read_folder(path) if path.is_dir() else read_list(path, root, check_files=False)
+            sources.append(Source(image_list, True))
+        else:
+            sources.append(Source(ImageList(argument, [os.fsencode(argument)], [0], [0]), False))
+        problems += found
+    if problems:
+        raise ListsError(problems)
+    return sources
+
+
+def label_source(source: Source, metadata: dict, model: Path, flag: str | None) -> bool:
+    """Give a source the model's labels, and say whether it has any. Raises UserError where it lacks one of them.
+
+    metadata: of the model's checkpoint; flag: what asked for labels, if anything did.
+    """
+    image_list, classes = source.image_list, metadata["classes"]
+    if image_list.classes:
+        folders = metadata.get("folders", classes)  # that --classes named otherwise
+        names = folders if set(image_list.classes) <= set(folders) else classes
+        strange = set(image_list.classes) - set(names)
+        if strange and source.labelled is None and not flag:
+            return False
+        if problems := remap_labels(image_list, names):
+            fix = f"{printable(model)} was trained on other classes; rename the folders as those are named"
+            raise UserError(*problems, fix)
+        if source.labelled is None:
+            what = "its folders are named as the model's classes, and taken as labels"
+            print(f"{printable(image_list.name)}: {what}", file=sys.stderr)
+    elif source.labelled and int(image_list.labels.max()) >= len(classes):
+        row = int(image_list.labels.argmax())
+        both = f"label {image_list.labels[row]}, but {printable(model)} knows {len(classes)} classes, from 0"
+        raise UserError(f"{image_list.where(row)}: {both}; use the lists it was trained with")
+    return source.labelled is not False
+
+
+def join_sources(sources: Sequence[Source], metadata: dict, model: Path, flag: str | None) -> tuple[ImageList, Tensor]:
+    """All images as one list, and which of them have labels (n,). Raises UserError as `label_source` does."""
+    labelled = [label_source(source, metadata, model, flag) for source in sources]
+    image_lists = [source.image_list for source in sources]
+    has_label = torch.tensor(labelled).repeat_interleave(torch.tensor([len(each) for each in image_lists]))
+    if len(sources) == 1:
+        return image_lists[0], has_label
+    paths = [path for image_list in image_lists for path in image_list.paths()]
+    labels = [label for image_list in image_lists for label in image_list.labels.tolist()]
+    return ImageList("", paths, labels, range(len(paths))), has_label

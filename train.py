@@ -303,7 +303,7 @@ def fine_tune(
 
 
 def best_val_logits(model: nn.Module, finetuned: FineTuning | None, val: Split) -> tuple[Tensor, Tensor] | None:
-    """Logits (N, C) and labels (N,) of the images that chose the best epoch, of all ranks on rank 0; None on the others.
+    """Logits (N, C) and labels (N,) of the images that chose the best epoch; of all ranks, on rank 0 alone.
 
     finetuned: None where the best epoch is the head's.
     """

@@ -135,7 +135,7 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     what = "images, folders, lists ending in .txt, or - for paths on standard input"
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=what)
-    parser.add_argument("--labelled", action="store_true", help="folders hold class folders, of the model's classes")
+    parser.add_argument("--labelled", action="store_true", help="folders hold class folders: score them")
     parser.add_argument("--labeled", dest="labelled", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, default="best.pth", metavar="FILE", help="what train.py saved")
     parser.add_argument("--root", type=Path, default=".", metavar="DIR", help="where the paths in lists begin")

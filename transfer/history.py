@@ -102,7 +102,7 @@ class History:
         return (self.score(val), -val.loss) > (self.score(self.best), -self.best.loss)
 
     def describe(self, metrics: Metrics) -> str:
-        """Accuracy and, where classes are to count alike, macro recall, in words; how sure it is where images are few."""
+        """Accuracy and, where classes are to count alike, macro recall; where images are few, with its interval."""
         words, images = f"accuracy {metrics.accuracy:.2%}", metrics.images
         if images and images < FEW_IMAGES:
             low, high = wilson_interval(round(metrics.accuracy * images), images)

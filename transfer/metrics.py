@@ -158,7 +158,9 @@ class ScoredImage(NamedTuple):
 
 
 def calibration_bins(confidence: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Of N images their confidence and whether they are right, by tenth of confidence: images (10,), right ones (10,), mean confidence (10,); and the expected error.
+    """By tenth of confidence: images (10,), right ones (10,), mean confidence (10,); and the expected error.
+
+    confidence, right: (N,), of each image, and whether its guess is right.
 
     The tenths are (0, 0.1], (0.1, 0.2], ...; the error is the gap between share right and mean
     confidence, weighted by images (Guo et al. 2017, equation 3).

@@ -9,7 +9,7 @@ and class folders, whose labels are known, it then prints the accuracy of each c
 and can draw a report; with a report the lines are left out unless --format asks for them.
 """
 
-from transfer.flags import parse_predict_args
+from transfer.flags import IMAGE_SIZE, parse_predict_args
 from transfer.signals import guard_imports
 
 if __name__ == "__main__":  # before torch's import, which takes seconds: Ctrl-C, --help and typing errors
@@ -53,6 +53,11 @@ class Classifier:
     compute: Compute
     views: Sequence[int] = (0,)  # of each image, that its features are the mean of
 
+    @property
+    def size(self) -> int:
+        """Of an image's sides, in pixels, as it was trained."""
+        return self.metadata.get("size", IMAGE_SIZE)
+
 
 def load(
     path: str | os.PathLike = "best.pth", device: str = "auto", workers: int | None = 0, mirror: bool = False
@@ -89,7 +94,8 @@ def predict(classifier: Classifier, images: Sequence[str | os.PathLike | Image.I
     for image in images:
         # A copy, since `upright` turns the image itself, and this one is the caller's.
         image = as_rgb(upright(image.copy())) if isinstance(image, Image.Image) else read_image(image)
-        features = embed(classifier.backbone, draw_views(image, classifier.views, 0, 0), classifier.compute)
+        views = draw_views(image, classifier.views, 0, 0, size=classifier.size)
+        features = embed(classifier.backbone, views, classifier.compute)
         probs = probabilities(classifier, features)
         if isinstance(probs, str):
             raise ImageError(probs)
@@ -103,7 +109,7 @@ def predict_images(
 ) -> Iterator[tuple[bytes, int | None, Tensor | str]]:
     """Each image's path, its label where it has one, and its probabilities (C,) or the reason why there are none."""
     compute = classifier.compute if len(image_list) > batch_size else replace(classifier.compute, workers=0)
-    dataset, views = ImageDataset(image_list, classifier.views, seed=0), len(classifier.views)
+    dataset, views = ImageDataset(image_list, classifier.views, 0, classifier.size), len(classifier.views)
     batches = embed_dataset(
         classifier.backbone,
         dataset,
@@ -123,7 +129,7 @@ def predict_stdin(classifier: Classifier, batch_size: int) -> Iterator[tuple[byt
 
     Raises UserError (status 1) where standard input can't be read as lines.
     """
-    paths, dataset = StdinPaths(batch_size), ImageDataset(PathRows(), classifier.views, seed=0)
+    paths, dataset = StdinPaths(batch_size), ImageDataset(PathRows(), classifier.views, 0, classifier.size)
     for few, workers in ((True, 0), (False, classifier.compute.workers)):  # they start once they pay, and stay
         if not few and not paths.pending:
             return

@@ -323,12 +323,13 @@ def both_lists(views: Sequence[int]) -> dict:
     for name in ("train", "test"):
         image_list, _ = read_list(ROOT / f"{name}.txt", ROOT)
         found[name] = extract_features(backbone, train.ImageDataset(image_list, views, 0), compute=compute)
-        upright = train.EVAL_TRANSFORM
-        train.EVAL_TRANSFORM = T.Compose([upright, T.RandomRotation(30), T.ColorJitter(brightness=(0.6, 1.4))])
+        make, upright = train.make_transforms, train.make_transforms(224)
+        turned = T.Compose([upright.eval, T.RandomRotation(30), T.ColorJitter(brightness=(0.6, 1.4))])
+        train.make_transforms = lambda size, upright=upright, turned=turned: upright._replace(eval=turned)
         torch.manual_seed(0)
         alone = replace(compute, workers=0)  # so that the seed draws them
         found[f"{name} turned"] = extract_features(backbone, train.ImageDataset(image_list, [0], 0), compute=alone)
-        train.EVAL_TRANSFORM = upright
+        train.make_transforms = make
     return found
 
 
@@ -379,10 +380,11 @@ def best_ceiling(features: object, test: object) -> tuple[float, float]:
     import numpy as np
     from sklearn.linear_model import LogisticRegression
 
-    from transfer.crossval import assign_folds, near_duplicates
+    from transfer.crossval import assign_folds
+    from transfer.groups import near_duplicates
 
     table, labels = features.gather(features.rows, slice(2)), features.labels
-    fold = assign_folds(labels, near_duplicates(table[:, 0], labels)).numpy()
+    fold = assign_folds(labels, near_duplicates(table, labels)).numpy()
     table, labels, began = table.numpy(), labels.numpy(), time.perf_counter()
 
     def fit(rows: object, c: float) -> object:

@@ -18,7 +18,6 @@ from browsing import browser  # noqa: F401
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torchvision import transforms as T
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -311,24 +310,20 @@ def try_seeds(kind, count):
     assert fuzz.peak() - before < fuzz.MEMORY
 
 
-VIEWS = {name: getattr(train, name) for name in ("EVAL_TRANSFORM", "TRAIN_RESIZE", "TRAIN_TRANSFORM")}
+MAKE_TRANSFORMS = train.make_transforms
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """Views of 64 pixels instead of 224, one thread and no waiting for the disk: nothing here depends on these."""
-    steps = [T.CenterCrop(64) if isinstance(step, T.CenterCrop) else step for step in train.TRAIN_TRANSFORM.transforms]
-    monkeypatch.setattr(train, "EVAL_TRANSFORM", T.Resize((64, 64)))
-    monkeypatch.setattr(train, "TRAIN_RESIZE", T.Resize((86, 86)))
-    monkeypatch.setattr(train, "TRAIN_TRANSFORM", T.Compose(steps))
+    monkeypatch.setattr(train, "make_transforms", lambda size: MAKE_TRANSFORMS(64 if size == 224 else size))
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
 def full_size(tiny, monkeypatch):
     """The views as they are: for tests that compare with a process of its own."""
-    for name, view in VIEWS.items():
-        monkeypatch.setattr(train, name, view)
+    monkeypatch.setattr(train, "make_transforms", MAKE_TRANSFORMS)
 
 
 @pytest.fixture

@@ -88,16 +88,20 @@ def test_every_byte_of_the_backbone_is_part_of_a_chunks_key(few, entry):
     ("name", "value"),
     [
         ("READING_VERSION", READING_VERSION + 1),
-        ("EVAL_TRANSFORM", T.Resize((225, 225))),
-        ("TRAIN_RESIZE", T.Resize((301, 301))),
-        ("TRAIN_TRANSFORM", T.Compose(train.TRAIN_TRANSFORM.transforms[:-1])),
+        ("eval", T.Resize((225, 225))),
+        ("train_resize", T.Resize((301, 301))),
+        ("train", T.Compose(train.make_transforms(224).train.transforms[:-1])),
         ("NORMALIZE", T.Normalize(mean=[0.5] * 3, std=[0.5] * 3)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_view_recipe_and_its_version_are_part_of_a_chunks_key(few, monkeypatch, name, value):
     before = key_of()
-    monkeypatch.setattr(train if hasattr(train, name) else cache, name, value)
+    if name in train.Transforms._fields:
+        changed = train.make_transforms(224)._replace(**{name: value})
+        monkeypatch.setattr(train, "make_transforms", lambda size: changed)
+    else:
+        monkeypatch.setattr(cache, name, value)
     assert key_of() != before
 
 

@@ -55,7 +55,7 @@ def test_calibrating_a_head_changes_its_confidence_and_no_class():
         head.bias *= 4
         before = head(features)
         batches = [(features[:1500], labels[:1500]), (features[1500:], labels[1500:])]
-        found = calibrate(head, [collect_logits(head, batches)])
+        found = calibrate(head, *collect_logits(head, batches))
         after = head(features)
     assert found == pytest.approx(4, rel=0.1) and torch.equal(before.argmax(1), after.argmax(1))
     assert torch.allclose(after, before / found, atol=1e-5)
@@ -74,12 +74,6 @@ def test_of_a_long_list_sorted_by_class_every_so_many_images_are_fitted_on(monke
     monkeypatch.setattr(train, "MAX_IMAGES", 20)
     assert train.best_val_logits(model, None, split)[1].bincount().tolist() == [2] * 10
     assert [len(each) for each in collect_logits(head, [])] == [0, 0]  # a rank may have none
-
-
-def test_of_several_sets_the_geometric_mean_is_taken():
-    head = nn.Linear(2, 2)
-    sets = [overconfident(temperature) for temperature in (1, 4)]
-    assert calibrate(head, sets) == pytest.approx(2, rel=0.05)
 
 
 def test_best_pth_records_its_temperature_and_the_accuracy_that_training_printed(colours, quick):

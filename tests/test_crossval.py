@@ -14,11 +14,11 @@ from transfer.crossval import (
     class_in_other_folds,
     cross_val_logits,
     group_split,
-    near_duplicates,
     out_of_fold_logits,
     stratified_group_holdout,
 )
 from transfer.features import Features, Split
+from transfer.groups import near_duplicates
 
 
 def scenes(classes=6, per_class=8, copies=3, width=64, seed=0):
@@ -157,7 +157,7 @@ def test_a_split_of_the_sample_is_whole_and_has_near_duplicates_on_one_side(samp
     features = sample["train"].features
     train, val = (split.features.rows for split in group_split(sample["train"], 0.2, 0, "none to spare"))
     assert sorted(train.tolist() + val.tolist()) == features.rows.tolist()
-    groups = near_duplicates(features.gather(features.rows, 0), features.labels)
+    groups = near_duplicates(features.gather(features.rows, slice(2)), features.labels)
     assert not set(groups[train].tolist()) & set(groups[val].tolist())
 
 
@@ -174,16 +174,16 @@ def test_where_classes_are_too_many_for_seconds_nothing_is_cross_validated(monke
     features, labels, _ = scenes()
     whole = Features([features], len(labels), labels)
     monkeypatch.setattr("transfer.crossval.WORK", 6 * 144)
-    ((logits, known),) = cross_val_logits(whole, [0.005], HPARAMS)
+    logits, known = cross_val_logits(whole, [0.005], HPARAMS)
     assert logits.shape == (144, 6) and known.tolist() == labels.tolist()
     monkeypatch.setattr("transfer.crossval.WORK", 6 * 144 - 1)
-    assert cross_val_logits(whole, [0.005], HPARAMS) == []
+    assert cross_val_logits(whole, [0.005], HPARAMS) is None
 
 
 def test_images_whose_class_no_other_fold_has_are_left_out_of_what_is_cross_validated():
     labels = torch.tensor([0] * 6 + [1])
     features = Features([torch.randn(7, 2, 8, generator=torch.Generator().manual_seed(0))], 7, labels)
-    ((logits, known),) = cross_val_logits(features, [0.005], HPARAMS)
+    logits, known = cross_val_logits(features, [0.005], HPARAMS)
     assert logits.shape == (6, 2) and known.tolist() == [0] * 6
     single = Features([torch.randn(2, 2, 8)], 2, torch.arange(2))
-    assert cross_val_logits(single, [0.005], HPARAMS) == []
+    assert cross_val_logits(single, [0.005], HPARAMS) is None

@@ -154,10 +154,9 @@ def test_two_ranks_fine_tune_one_model_and_the_death_of_one_ends_the_run_with_be
 FIT = """
 import os, sys, train
 calibrate, accuracies = train.calibrate, iter([0.25, 0.75, 0.5])
-def spy(head, logit_sets):
-    (logits, labels), = logit_sets
+def spy(head, logits, labels):
     train.torch.save({"logits": logits, "labels": labels}, "fitted" + os.environ["RANK"] + ".pt")
-    return calibrate(head, logit_sets)
+    return calibrate(head, logits, labels)
 train.calibrate = spy
 train.evaluate = lambda *_: train.Metrics(1.0, next(accuracies), 0.0)
 train.main(sys.argv[1:])
@@ -211,9 +210,8 @@ def test_each_rank_prints_its_own_error_with_its_number_and_host(few):
 # The views of 64 pixels that this process has too.
 TINY = """
 import sys, train
-from torchvision import transforms as T
-train.EVAL_TRANSFORM, train.TRAIN_RESIZE = T.Resize((64, 64)), T.Resize((86, 86))
-train.TRAIN_TRANSFORM.transforms[1] = T.CenterCrop(64)
+make = train.make_transforms
+train.make_transforms = lambda size: make(64)
 train.main(sys.argv[1:])
 """
 

@@ -24,3 +24,21 @@ def test_the_nearest_are_those_that_all_distances_give(queries, keys, views, its
     wanted = expected.sort(1).values[:, : min(8, len(keys) - itself)]
     assert torch.allclose(distances.double(), wanted, atol=1e-3)
     assert torch.allclose(expected.gather(1, rows), wanted, atol=1e-3)
+
+
+def clusters(count, width, seed=0):
+    """Features of so many images in clusters of 50."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(count // 50, width, generator=generator)
+    return centres.repeat_interleave(50, 0) + 0.5 * torch.randn(count // 50 * 50, width, generator=generator)
+
+
+def test_through_cells_nearly_all_of_the_nearest_are_found(monkeypatch):
+    keys = clusters(4000, 32)
+    exact_distances, exact = nearest(keys, keys[:, None], True)
+    monkeypatch.setattr(neighbours, "EXACT", 1000)
+    distances, rows = nearest(keys, keys[:, None], True)
+    found = (rows[:, :, None] == exact[:, None]).any(2).double().mean()
+    assert found > 0.95 and not (rows == torch.arange(len(keys))[:, None]).any()
+    assert torch.allclose(distances[rows == exact], exact_distances[rows == exact], atol=1e-3)
+    assert torch.equal(rows, nearest(keys, keys[:, None], True)[1])  # drawn by seed

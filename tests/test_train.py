@@ -16,10 +16,11 @@ from torch import nn
 from torchvision import transforms as T
 from torchvision.models import get_model_weights
 
+import predict
 import train
 from transfer.architectures import ARCHITECTURES
 from transfer.backbone import NORMALIZE
-from transfer.checkpoint import load_backbone
+from transfer.checkpoint import load_backbone, load_checkpoint
 from transfer.features import Features, Split
 from transfer.flags import parse_train_args
 from transfer.images import read_image
@@ -32,7 +33,8 @@ def read_csv(path):
 
 
 def test_views_are_the_recipes():
-    views = [str(train.TRAIN_RESIZE), *map(str, train.TRAIN_TRANSFORM.transforms)]
+    transforms = train.make_transforms(224)
+    views = [str(transforms.train_resize), *map(str, transforms.train.transforms)]
     recipe = [
         T.Resize((300, 300)),
         T.RandomRotation(45),
@@ -42,7 +44,7 @@ def test_views_are_the_recipes():
         T.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
     ]
     assert views == [str(step) for step in recipe]
-    assert str(train.EVAL_TRANSFORM) == str(T.Resize((224, 224)))
+    assert str(transforms.eval) == str(T.Resize((224, 224)))
     for arch in ARCHITECTURES:
         imagenet = get_model_weights(arch).DEFAULT.transforms()
         assert [NORMALIZE.mean, NORMALIZE.std] == [imagenet.mean, imagenet.std]
@@ -295,3 +297,35 @@ def test_out_of_memory_in_a_training_step_is_one_line_with_the_way_out(trained, 
     status, _, err = trained()
     fix = "run with a smaller --batch-size, or --device cpu"
     assert (status, err) == (1, f"error: out of memory; {fix}; what was saved is whole\n")
+
+
+@pytest.mark.usefixtures("few")
+def test_a_size_is_that_of_the_views_the_chunks_and_the_checkpoint_and_predict_py_takes_it_from_there(monkeypatch):
+    seen, draw = set(), train.draw_views
+
+    def spy(*args, size):
+        views = draw(*args, size=size)
+        seen.add(views.shape[1:])
+        return views
+
+    monkeypatch.setattr(train, "draw_views", spy)
+    go("--epochs", 1, "--size", 96, "--cache", "kept", "--finetune-epochs", 1, "--audit", "look.html")
+    assert seen == {(96, 96, 3)} and load_checkpoint(Path("best.pth"))[1]["size"] == 96
+    before = len(list(Path("kept").iterdir()))
+    go("--epochs", 1, "--size", 64, "--cache", "kept")
+    assert len(list(Path("kept").iterdir())) > before
+    seen.clear()
+    assert run_main(predict.main, "test.txt", "--workers", 0)[0] == 0
+    assert seen == {(64, 64, 3)} and predict.load("best.pth", "cpu").size == 64
+
+
+def test_larger_views_are_cropped_from_as_much_more():
+    transforms = train.make_transforms(288)
+    assert transforms.eval.size == (288, 288) and transforms.train_resize.size == (386, 386)
+    assert transforms.train.transforms[1].size == (288, 288)
+
+
+@pytest.mark.parametrize("size", ["0", "63", "65", "1026", "x", "1" * 5000])
+def test_a_size_that_no_network_takes_is_one_line(size):
+    status, out, err = run_main(parse_train_args, "--size", size)
+    assert (status, out) == (2, "") and err.endswith("is not an even number from 64 to 1024\n")

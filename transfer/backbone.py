@@ -38,7 +38,7 @@ READING_VERSION = 2  # of how images become numbers, up to `embed`: raise it and
 
 
 class Backbone(nn.Sequential):
-    """A ResNet without its head: images (N, 3, 224, 224) to features (N, feature_dim)."""
+    """A ResNet without its head: images (N, 3, S, S) to features (N, feature_dim)."""
 
     def __init__(self, model: nn.Module):
         super().__init__(*list(model.children())[:-1], nn.Flatten(1))
@@ -58,20 +58,20 @@ def inference_copy(module: nn.Module, compute: Compute) -> nn.Module:
 
 @torch.inference_mode()
 def embed(module: nn.Module, views: Tensor, compute: Compute) -> Tensor:
-    """What an `inference_copy` gives for uint8 views (N, 224, 224, 3), on its device and in its dtype."""
+    """What an `inference_copy` gives for uint8 views (N, S, S, 3), on its device and in its dtype."""
     device = compute.device
     # NORMALIZE, for bytes and along whole rows of pixels: four times as fast as over three channels.
-    rows = views.to(device).flatten(2).float()  # (N, 224, 672)
+    rows = views.to(device).flatten(2).float()  # (N, S, 3 * S)
     mean, std = (255 * torch.tensor(three).repeat(views.shape[2]) for three in (NORMALIZE.mean, NORMALIZE.std))
     rows.sub_(mean.to(device)).div_(std.to(device))
-    # Seen as (N, 3, 224, 224) the numbers lie in channels_last order already.
+    # Seen as (N, 3, S, S) the numbers lie in channels_last order already.
     return module(rows.to(compute.dtype).view(views.shape).permute(0, 3, 1, 2))
 
 
 def collate(
     samples: Sequence[tuple[int, Tensor | str]], embed_views: Callable[[Tensor], Tensor] | None = None
 ) -> Packed:
-    """Row numbers of what could be read, its views (n * V, 224, 224, 3) or what `embed_views` gives for them,
+    """Row numbers of what could be read, its views (n * V, S, S, 3) or what `embed_views` gives for them,
     and the reasons by row number of the rest.
 
     An array goes through the worker's pipe. A tensor would go through shared memory, which a container may lack, and a

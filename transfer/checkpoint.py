@@ -10,6 +10,7 @@ from transfer.architectures import arch_title, infer_arch, meta_state_dict, new_
 from transfer.console import UserError, first_three, printable, warn
 from transfer.distributed import broadcast, is_main_process
 from transfer.files import backup, history_path, load_untrusted, save_tensors
+from transfer.flags import IMAGE_SIZE, SIZES
 from transfer.lists import MAX_CLASSES
 from transfer.metrics import Metrics
 
@@ -30,6 +31,7 @@ METADATA_TYPES = {
     "recall": float,  # macro, at the same epoch
     "seconds": float,
     "temperature": float,  # that the head's weights were divided by
+    "size": int,  # of the images' sides, in pixels: 224 where it is not there
     "date": str,
     "device": str,
     "precision": str,
@@ -151,6 +153,8 @@ def is_valid_metadata(metadata: object, classes: int) -> bool:
     if type(metadata) is not dict or any(
         type(metadata[key]) is not METADATA_TYPES[key] for key in metadata if key in METADATA_TYPES
     ):
+        return False
+    if metadata.get("size", IMAGE_SIZE) not in SIZES:
         return False
     both = [metadata.get("classes", ()), metadata.get("folders", metadata.get("classes", ()))]
     return metadata.get("format") == FORMAT and all(

@@ -1,4 +1,4 @@
-"""Cross-validation on kept features: near-duplicates grouped, folds, and logits from heads that never saw the image.
+"""Cross-validation on kept features: folds, and logits from heads that never saw the image.
 
 A head that is scored on images of the shelf and minute it was fitted on looks far better than it is. So near-duplicates
 are linked into groups, whole groups are assigned to folds, and each image's logits come from a head that never saw its
@@ -14,82 +14,13 @@ from torch.nn import functional as F
 from transfer.console import UserError
 from transfer.distributed import broadcast, is_main_process
 from transfer.features import Features, Split
+from transfer.groups import near_duplicates
 from transfer.signals import check_stop
 from transfer.training import Hyperparameters, epoch_views
 
-CHANCE = 0.001  # of the pairs of different classes, the share that is more alike than what counts as near-duplicates
-CHANCE_LINKS = 0.1  # and at most so many an image by chance, however large its class
-LINKS = 32  # kept of each image, its strongest: memory grows with N, not with N * N
-WORK = 500_000  # images times classes: above, heads out of fold take more than seconds
-SAMPLE = 2000  # images that the similarity of different classes is measured on: 2 million pairs
 BLOCK = 1024  # rows of a product at a time
+WORK = 500_000  # images times classes: above, heads out of fold take more than seconds
 MOST_EPOCHS = 20  # of heads out of fold
-
-
-def near_duplicates(features: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
-    """Groups (N,), numbered from 0, of images of one class that may show the same scene.
-
-    features: (N, D), of the evaluation view; labels: (N,), from 0.
-    Two images are linked where the cosine of their residuals (features less the mean of their class, each divided by
-    its deviation over the list) exceeds that of all but 1 in 1000 pairs of different classes, which no shared scene
-    explains; groups are the connected components. The class mean goes first, since with a good backbone all images
-    of a class are alike, near-duplicates or not.
-    """
-    counts = torch.bincount(labels)
-    means = features.new_zeros(len(counts), features.shape[1]).index_add_(0, labels, features)
-    means /= counts.clamp_min(1)[:, None]
-    deviation = features.std(0, correction=0).clamp_min(1e-6)
-
-    def residuals(rows: Tensor) -> Tensor:
-        return F.normalize((features[rows] - means[labels[rows]]) / deviation, dim=1)
-
-    sample = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:SAMPLE]
-    alike = similarity_by_chance(residuals(sample), labels[sample])
-    groups = torch.arange(len(labels))
-    for rows in labels.argsort(stable=True).split(counts.tolist()):
-        if len(alike) and len(rows) > 2:  # of two images each residual is the other's opposite
-            share = min(1, CHANCE_LINKS / len(rows) / CHANCE)
-            # The n residuals of a class sum to 0, which lowers their cosines by 1 / (n - 1).
-            threshold = alike[min(int(share * len(alike)), len(alike) - 1)].item() - 1 / (len(rows) - 1)
-            groups[rows] = rows[link_groups(residuals(rows), threshold)]
-    return groups.unique(return_inverse=True)[1]
-
-
-def similarity_by_chance(residuals: Tensor, labels: Tensor) -> Tensor:
-    """The largest cosines of pairs of different classes, CHANCE of them all, descending."""
-    cosines = (residuals @ residuals.T)[labels[:, None] < labels]
-    return cosines.topk(min(int(CHANCE * len(cosines)) + 1, len(cosines))).values
-
-
-def link_groups(residuals: Tensor, threshold: float) -> Tensor:
-    """For each of the images (n, D) of a class the lowest row of its group (n,)."""
-    count = len(residuals)
-    links, cosines = [], []
-    for start in range(0, count, BLOCK):
-        block = residuals[start : start + BLOCK] @ residuals.T
-        block.diagonal(start).fill_(-1)
-        nearest, columns = block.topk(min(LINKS, count), dim=1)
-        rows, places = (nearest > threshold).nonzero(as_tuple=True)
-        links.append(torch.stack([rows + start, columns[rows, places]]))
-        cosines.append(nearest[rows, places])
-    links = torch.cat(links, 1)[:, torch.cat(cosines).argsort(descending=True)]
-    groups = connected_components(count, links)
-    # Links may chain a class into one group, and no head could learn it from the rest: keep the stronger half.
-    while groups.bincount().max() > max(2, count // 2):
-        links = links[:, : links.shape[1] // 2]
-        groups = connected_components(count, links)
-    return groups
-
-
-def connected_components(count: int, links: Tensor) -> Tensor:
-    """Connected components of a graph with so many nodes and links (2, L): the lowest node of each one's own."""
-    lowest, before = torch.arange(count), None
-    while before is None or not torch.equal(lowest, before):
-        before = lowest
-        for here, there in (links, links.flip(0)):
-            lowest = lowest.scatter_reduce(0, here, lowest[there], "amin")
-        lowest = lowest[lowest]
-    return lowest
 
 
 def assign_folds(labels: Tensor, groups: Tensor, k: int = 5, seed: int = 0) -> Tensor:
@@ -212,7 +143,7 @@ def group_split(split: Split, fraction: float, seed: int, none_to_spare: str) ->
     held, features = None, split.features
     labels = features.labels[features.rows]
     if is_main_process():  # which alone has features
-        groups = near_duplicates(features.gather(features.rows, 0), labels)
+        groups = near_duplicates(features.gather(features.rows, slice(2)), labels)
         held = stratified_group_holdout(labels, groups, fraction, seed)
     held = broadcast(held)
     if not held.any():
@@ -229,7 +160,7 @@ class CrossValidation:
 
     def __init__(self, features: Tensor, labels: Tensor, seed: int):
         self.features, self.labels, self.seed = features, labels, seed
-        self.groups = near_duplicates(self.features[:, 0], self.labels)
+        self.groups = near_duplicates(self.features[:, :2], self.labels)
         self.fold = assign_folds(self.labels, self.groups, seed=seed)
         self.known = class_in_other_folds(self.labels, self.fold)
 
@@ -250,13 +181,15 @@ class CrossValidation:
         return logits
 
 
-def cross_val_logits(features: Features, lrs: Sequence[float], hparams: Hyperparameters) -> list[tuple[Tensor, Tensor]]:
-    """Logits and labels out of fold of the images that a head was trained on, at these learning rates; none where they
+def cross_val_logits(
+    features: Features, lrs: Sequence[float], hparams: Hyperparameters
+) -> tuple[Tensor, Tensor] | None:
+    """Logits and labels out of fold of the images that a head was trained on, at these learning rates; None where they
     are too many to have in seconds, or too few.
     """
     labels = features.labels[features.rows]
     if len(labels) * (int(labels.max()) + 1) > WORK:
-        return []
+        return None
     images = CrossValidation(features.gather(features.rows, slice(None)), labels, hparams.seed)
     logits, known = images.logits(lrs, hparams.batch_size), images.known
-    return [(logits[known], labels[known])] if known.any() else []
+    return (logits[known], labels[known]) if known.any() else None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from transfer.device import Compute, free_memory
 from transfer.distributed import get_rank, get_world_size, local_world_size, rank_slice
 from transfer.features import Split, Splits
 from transfer.lists import check_unreadable
-from transfer.training import Hyperparameters, Loaders
+from transfer.training import Hyperparameters, Loaders, Training
 
 UNFROZEN_FROM = {"layer4": 7, "layer3": 6, "all": 0}  # of the flag's STAGES, places among a ResNet's children
 WARM_UP = 0.2  # of all steps
@@ -158,17 +158,6 @@ class FeatureMapLoader:
             yield maps.clone().to(device), labels[indices].to(device)
 
 
-@dataclass(frozen=True)
-class FineTuning:
-    """What trains the last stages with the head: the scheduler makes a step per batch."""
-
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: LambdaLR
-    loaders: Loaders
-    device: torch.device
-
-
 def rank_share(train: Split, val: Split) -> tuple[Split, Split]:
     """This rank's images: equally many to train on, since ranks must make the same number of steps.
 
@@ -185,7 +174,7 @@ def rank_share(train: Split, val: Split) -> tuple[Split, Split]:
 
 def prepare_finetuning(
     model: nn.Module, early_head: dict[str, Tensor], splits: Splits, hparams: Hyperparameters, *, compute: Compute
-) -> FineTuning:
+) -> Training:
     """The network from the unfrozen stages on, and what trains it.
 
     The trunk before the stages stays frozen, outside the graph; what it gives for the evaluation view and, from two
@@ -215,4 +204,4 @@ def prepare_finetuning(
         FeatureMapLoader(trunk, val, compute=compute, batch_size=batch_size, keep=keep),
     )
     scheduler = one_cycle(optimizer, hparams.finetune_epochs * len(loaders.train))
-    return FineTuning(network, optimizer, scheduler, loaders, compute.device)
+    return Training(network, optimizer, scheduler, loaders)

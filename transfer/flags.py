@@ -13,6 +13,8 @@ ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  
 STAGES = ("layer4", "layer3", "all")  # what --unfreeze may name
 DEFAULT_LR = 0.005  # of the head
 PRECISIONS = ("auto", "float32", "bfloat16")
+IMAGE_SIZE = 224  # the recipe's
+SIZES = range(64, 1025, 2)  # that --size may name
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -65,6 +67,13 @@ def int_at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
+def image_size(text: str) -> int:
+    """An argparse type: an even number of pixels, one of SIZES."""
+    if text.isascii() and text.isdigit() and int(text[:9]) in SIZES:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"'{text}' is not an even number from {SIZES[0]} to {SIZES[-1]}")
+
+
 def positive_float(text: str) -> float:
     """An argparse type: a number above 0, whose tenfold (Adam's first step) float32 can hold."""
     with contextlib.suppress(ValueError):
@@ -107,6 +116,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--arch", choices=ARCHITECTURES, default=ARCHITECTURES[0], metavar="NAME", help="resnet18, 34, 50, 101 or 152")
     add("--weights", metavar="NAME", help="imagenet (default), none, or a FILE that fits --arch")
     add = parser.add_argument_group("optimisation").add_argument
+    add("--size", type=image_size, default=IMAGE_SIZE, metavar="N", help="pixels of an image's side")
     add("--epochs", type=int_at_least(1), default=20, metavar="N", help="epochs of the head")
     add("--finetune-epochs", type=int_at_least(0), default=0, metavar="N", help="then of the last stages too")
     add("--unfreeze", choices=STAGES, default=STAGES[0], metavar="STAGE", help="layer4, layer3 or all")

@@ -52,13 +52,14 @@ def run_metadata(flags: dict, data: Data, pretrained: Pretrained, splits: Splits
         "trained_lists": [path_digest(path) for path in (data.train_path, *data.split_paths[:1])],
         "chosen_list": path_digest(chosen),
         "arch": flags["arch"],
+        "size": flags["size"],
         "backbone": pretrained.description,
         "chosen_on": data.chosen_on,
         "recipe": {flag: value for flag, value in flags.items() if isinstance(value, int | float | str)},
         "device": compute.device.type,
         "precision": compute.precision,
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "train_images": len(splits.train.features.rows),
+        "train_images": len((splits.train if flags["finetune_epochs"] else splits.trainval).features.rows),
         "test_images": len(splits.test.dataset),
     }
 

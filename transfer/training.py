@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from transfer.console import UserError
 from transfer.features import Features
@@ -26,6 +27,7 @@ class Hyperparameters:
     balance: bool
     views: int
     view_seed: int
+    size: int
     val_split: float | None
 
     @classmethod
@@ -69,6 +71,17 @@ class Loaders(NamedTuple):
 
     train: FeatureLoader
     val: Iterable[tuple[Tensor, Tensor]]
+
+
+class Training(NamedTuple):
+    """A network and what trains it, the head alone or with the last stages. The scheduler makes a step per batch, but
+    ReduceLROnPlateau one per epoch.
+    """
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    loaders: Loaders
 
 
 def check_finite(loss: float, where: str, inputs: Iterable[Tensor]) -> None:

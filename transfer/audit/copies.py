@@ -13,7 +13,6 @@ from transfer.audit.findings import AuditSplit, Finding
 from transfer.audit.label_errors import LabelQuality
 from transfer.backbone import PASS_BATCH, embed_dataset, unbatch
 from transfer.console import Progress
-from transfer.crossval import connected_components
 from transfer.device import Compute
 from transfer.neighbours import TILE
 
@@ -56,7 +55,7 @@ def candidates(queries: Tensor, keys: Tensor, near: Tensor, itself: bool) -> Ten
 
 
 class Grey(nn.Module):
-    """In a backbone's place: normalised images (N, 3, 224, 224) to grey thumbnails (N, 32 * 32)."""
+    """In a backbone's place: normalised images (N, 3, S, S) to grey thumbnails (N, 32 * 32)."""
 
     def forward(self, images: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(images.mean(1, keepdim=True), THUMBNAIL).flatten(1)
@@ -154,6 +153,17 @@ def find_copies(
         index[places] = torch.arange(len(places))
         pixels.append((thumbnails(split.dataset, split.rows[places], compute), index))
     return [(query, key, *copies(pair, (pixels[query], pixels[key]))) for (query, key), pair in pairs.items()]
+
+
+def connected_components(count: int, links: Tensor) -> Tensor:
+    """Connected components of a graph with so many nodes and links (2, L): the lowest node of each one's own."""
+    lowest, before = torch.arange(count), None
+    while before is None or not torch.equal(lowest, before):
+        before = lowest
+        for here, there in (links, links.flip(0)):
+            lowest = lowest.scatter_reduce(0, here, lowest[there], "amin")
+        lowest = lowest[lowest]
+    return lowest
 
 
 def copy_groups(split: AuditSplit, pairs: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def predict(classifier: Classifier, images: Sequence[str | os.PathLike | Image.I
     for image in images:
         # A copy, since `upright` turns the image itself, and this one is the caller's.
         image = as_rgb(upright(image.copy())) if isinstance(image, Image.Image) else read_image(image)
-        views = draw_views(image, classifier.views, 0, 0, size=classifier.size)
+        views = draw_views(image, classifier.views, 0, size=classifier.size)
         features = embed(classifier.backbone, views, classifier.compute)
         probs = probabilities(classifier, features)
         if isinstance(probs, str):

@@ -24,6 +24,7 @@ import copy
 import functools
 import math
 import time
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,10 +90,11 @@ def make_transforms(size: int) -> Transforms:
     return Transforms(T.Resize((size, size)), T.Resize((larger, larger)), T.Compose(train))
 
 
-def draw_views(image: Image.Image, views: Sequence[int], seed: int, index: int, *, size: int = IMAGE_SIZE) -> Tensor:
+def draw_views(image: Image.Image, views: Sequence[int], seed: int, *, size: int = IMAGE_SIZE) -> Tensor:
     """The views of one image, by number: uint8 (V, size, size, 3).
 
-    A random view depends on (seed, index, view) alone: not on workers, batches or order.
+    A random view depends on (seed, pixels, view) alone: not on workers, batches, or the image's name or place in a
+    list.
     """
     drawn, evaluation, resized, transforms = [], None, None, make_transforms(size)
     for view in views:
@@ -101,8 +103,9 @@ def draw_views(image: Image.Image, views: Sequence[int], seed: int, index: int, 
             drawn.append(hflip(evaluation) if view else evaluation)
             continue
         resized = resized or transforms.train_resize(image)
+        entropy = seed, zlib.crc32(resized.tobytes()), view
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(np.random.SeedSequence((seed, index, view)).generate_state(1)[0]))
+            torch.default_generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
             drawn.append(transforms.train(resized))
     return torch.from_numpy(np.stack([np.asarray(view) for view in drawn]))
 
@@ -127,9 +130,9 @@ class ImageDataset(Dataset):
         views = [self.views[index % len(self.views)]] if self.one_view_each else self.views
         try:
             image = read_image(self.image_list.path(index))
-            return index, draw_views(image, views, self.seed, index, size=self.size)
+            return index, draw_views(image, views, self.seed, size=self.size)
         except ImageError as error:
-            return index, str(error)
+            return index, error.args[0]
 
     def describe(self) -> list[str]:
         """What the views depend on, in words: part of the name under which their features are kept."""

@@ -75,7 +75,7 @@ def test_another_architecture_trains_and_predicts_what_plain_torchvision_does_an
     plain = get_model(arch, num_classes=3)
     plain.load_state_dict(saved)
     with Image.open("green/test_0.png") as image:
-        views = train.draw_views(image, [0], 0, 0)
+        views = train.draw_views(image, [0], 0)
     images = get_model_weights(arch).DEFAULT.transforms(crop_size=64, resize_size=64)(views.permute(0, 3, 1, 2))
     with torch.inference_mode():
         logits = plain.eval()(images)[0]

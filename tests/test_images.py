@@ -165,10 +165,10 @@ def test_of_several_frames_the_first_is_used(tmp_path, format):
 def test_the_smallest_and_the_longest_images_are_used_at_once(tmp_path, size, format):
     Image.new("RGB", size, (9, 200, 9)).save(tmp_path / "photo", format)
     began = time.perf_counter()
-    views = train.draw_views(read_image(tmp_path / "photo"), range(3), 0, 0)
+    views = train.draw_views(read_image(tmp_path / "photo"), range(3), 0)
     assert time.perf_counter() - began < 1
     assert views.shape == (3, 224, 224, 3) and views[0, ..., 1].min() > 190
-    assert growth(lambda: train.draw_views(read_image(tmp_path / "photo"), range(3), 0, 0)) < 50 << 20
+    assert growth(lambda: train.draw_views(read_image(tmp_path / "photo"), range(3), 0)) < 50 << 20
 
 
 def jpeg_with(marker, content):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,20 +142,24 @@ def test_frozen_weights_and_buffers_keep_their_bits_and_the_head_learns(sample_r
     assert not torch.equal(after["fc.weight"], fresh.weight)
 
 
-def test_random_views_differ_by_seed_index_and_view_and_the_first_two_are_the_evaluation_view_and_its_mirror_image():
-    image = read_image(ROOT / "food/banana/test_01.jpg")
-    draw = lambda *where: train.draw_views(image, [where[1]], where[0], where[2])  # noqa: E731
-    assert torch.equal(draw(0, 2, 0), draw(0, 2, 0))
-    for other in ((1, 2, 0), (0, 3, 0), (0, 2, 1)):
-        assert not torch.equal(draw(0, 2, 0), draw(*other))
-    assert torch.equal(draw(0, 1, 0), draw(7, 0, 7).flip(2))
-    assert torch.equal(draw(0, 0, 0)[0], T.PILToTensor()(T.Resize((224, 224))(image)).permute(1, 2, 0))
+def test_random_views_differ_by_seed_image_and_view_and_the_first_two_are_the_evaluation_view_and_its_mirror_image():
+    image, seeds = read_image(ROOT / "food/banana/test_01.jpg"), set()
+    draw = lambda seed, view, of=image: train.draw_views(of, [view], seed)  # noqa: E731
+    assert torch.equal(draw(0, 2), draw(0, 2))
+    assert not torch.equal(draw(0, 2), draw(1, 2)) and not torch.equal(draw(0, 2), draw(0, 3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "default_generator", SimpleNamespace(manual_seed=seeds.add))
+        for of in (image, image.copy(), image.transpose(Image.Transpose.ROTATE_180)):
+            draw(0, 2, of)
+    assert len(seeds) == 2  # of the pixels, whichever file they come from
+    assert torch.equal(draw(0, 1), draw(7, 0).flip(2))
+    assert torch.equal(draw(0, 0)[0], T.PILToTensor()(T.Resize((224, 224))(image)).permute(1, 2, 0))
 
 
 def test_drawing_views_leaves_the_random_state_alone():
     image = Image.new("RGB", (30, 30))
     before = torch.get_rng_state()
-    train.draw_views(image, range(4), 0, 0)
+    train.draw_views(image, range(4), 0)
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -1,5 +1,6 @@
-"""The cache: what is in a chunk's name, damage, killed passes."""
+"""The cache: what an image's key covers, what is found again and what is not, damage, killed passes."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -12,9 +13,9 @@ from torch import nn
 from torchvision import transforms as T
 
 import train
-from transfer import cache
+from transfer import cache, features
 from transfer.backbone import READING_VERSION
-from transfer.cache import chunk_path, recipe_digest
+from transfer.cache import FeatureCache, find_rows, image_keys, recipe_digest
 from transfer.console import UserError
 from transfer.device import Compute
 from transfer.lists import read_list
@@ -51,37 +52,33 @@ def test_the_cache_takes_2_kb_an_image_and_view(few, quick):
     assert sorted(os.listdir("kept")) == [path.name for path in chunks_in("kept")]
 
 
-def key_of(backbone=None, views=range(2), seed=0, device="cpu", dtype=torch.float32, rows=range(2)):
-    """The chunk's name for the first two training images, and for what a test changes."""
+def recipe_of(backbone=None, views=range(2), seed=0, device="cpu", dtype=torch.float32):
+    """The recipe's part of what features are kept under, for what a test changes."""
     photos, _ = read_list(Path("train.txt"), Path())
     backbone = backbone or plain_backbone()
-    recipe = recipe_digest(backbone, train.ImageDataset(photos, views, seed), Compute(torch.device(device), dtype))
-    return chunk_path(Path("kept"), recipe, photos, rows).name
+    return recipe_digest(backbone, train.ImageDataset(photos, views, seed), Compute(torch.device(device), dtype))
+
+
+def first_keys():
+    """The keys of the first two training images."""
+    return image_keys(read_list(Path("train.txt"), Path())[0], range(2)).tolist()
 
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"seed": 1},
-        {"views": range(3)},
-        {"views": [0, 2]},
-        {"dtype": torch.bfloat16},
-        {"device": "cuda"},
-        {"rows": range(3)},
-        {"rows": range(1, 3)},
-    ],
+    [{"seed": 1}, {"views": range(3)}, {"views": [0, 2]}, {"dtype": torch.bfloat16}, {"device": "cuda"}],
     ids=str,
 )
-def test_what_a_run_asks_for_is_part_of_a_chunks_key(few, change):
-    assert key_of(**change) != key_of() == key_of()
+def test_what_a_run_asks_for_is_part_of_the_recipe(few, change):
+    assert recipe_of(**change) != recipe_of() == recipe_of()
 
 
 @pytest.mark.parametrize("entry", ["0.weight", "0.bias", "1.running_var"])
-def test_every_byte_of_the_backbone_is_part_of_a_chunks_key(few, entry):
+def test_every_byte_of_the_backbone_is_part_of_the_recipe(few, entry):
     backbone = plain_backbone()
     flat = backbone.state_dict()[entry].view(-1)
     flat[-1] = torch.nextafter(flat[-1], torch.tensor(9.0))
-    assert key_of(backbone) != key_of()
+    assert recipe_of(backbone) != recipe_of()
 
 
 @pytest.mark.parametrize(
@@ -95,46 +92,163 @@ def test_every_byte_of_the_backbone_is_part_of_a_chunks_key(few, entry):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_view_recipe_and_its_version_are_part_of_a_chunks_key(few, monkeypatch, name, value):
-    before = key_of()
+def test_the_view_recipe_and_its_version_are_part_of_the_recipe(few, monkeypatch, name, value):
+    before = recipe_of()
     if name in train.Transforms._fields:
         changed = train.make_transforms(224)._replace(**{name: value})
         monkeypatch.setattr(train, "make_transforms", lambda size: changed)
     else:
         monkeypatch.setattr(cache, name, value)
-    assert key_of() != before
+    assert recipe_of() != before
 
 
-def test_each_images_path_size_and_time_are_part_of_a_chunks_key(few):
+def test_each_images_path_inode_size_and_times_are_its_key(few):
     image, lines = Path("red/train_1.png"), Path("train.txt").read_text()
     info = image.stat()
-    keys = {key_of()}
+    (same, first), seen = first_keys(), set()
+    assert [same, first] == first_keys()
+
+    def is_new():
+        unchanged, key = first_keys()
+        seen.add(tuple(key))
+        return unchanged == same and key != first
+
     os.utime(image, ns=(info.st_atime_ns, info.st_mtime_ns + 1))
-    keys.add(key_of())
+    assert is_new()
     with open(image, "ab") as file:
         file.write(b"\0")
     os.utime(image, ns=(info.st_atime_ns, info.st_mtime_ns))
-    assert image.stat().st_mtime_ns == info.st_mtime_ns
-    keys.add(key_of())
+    assert image.stat().st_mtime_ns == info.st_mtime_ns and is_new()
+    image.write_bytes(image.read_bytes()[:-1])  # as it was, but for the change time
+    os.utime(image, ns=(info.st_atime_ns, info.st_mtime_ns))
+    assert is_new()
     shutil.copy2(image, "red/other.png")
     Path("train.txt").write_text(lines.replace("red/train_1.png", "red/other.png"))
-    keys.add(key_of())
-    Path("train.txt").write_text(lines.replace("red/train_1.png", f"{Path('red/train_0.png').absolute()}"))
-    keys.add(key_of())
-    assert len(keys) == 5
+    assert is_new()
+    os.unlink("red/other.png")
+    assert first_keys()[1] == [0, 0]
+    assert len(seen) == 4
 
 
-def test_only_the_chunk_of_a_changed_image_is_computed_again(colours, quick, decoded, monkeypatch):
+def test_neither_an_images_label_nor_its_place_nor_how_its_path_is_written_is_part_of_its_key(few):
+    first, second = first_keys()
+    Path("train.txt").write_text(f"{Path('red/train_1.png').absolute()} 2\nred/../red/train_0.png 1\n")
+    assert first_keys() == [second, first]
+
+
+def test_files_of_one_size_and_time_that_change_places_are_computed_again(few, quick, decoded):
+    for name, rgb in (("a", (200, 0, 0)), ("b", (0, 0, 200))):
+        Image.new("RGB", (64, 64), rgb).save(f"{name}.bmp")
+        os.utime(f"{name}.bmp", (10**9, 10**9))
+    for name in ("train.txt", "test.txt"):
+        Path(name).write_text("a.bmp 0\nb.bmp 1\n")
+    go("--epochs", 1, "--cache", "kept")
+    os.rename("a.bmp", "c.bmp")
+    os.rename("b.bmp", "a.bmp")
+    os.rename("c.bmp", "b.bmp")
+    decoded.clear()
+    go("--epochs", 1, "--cache", "kept")
+    assert decoded == {"a.bmp": 2, "b.bmp": 2}  # in both lists
+    changed = weights_of()
+    go("--epochs", 1)
+    assert same(changed, weights_of())
+
+
+def test_only_a_changed_image_is_computed_again(colours, quick, decoded, monkeypatch):
     monkeypatch.setattr("transfer.features.CHUNK_ROWS", 4)
     go("--epochs", 1, "--cache", "kept")
     assert len(chunks_in("kept")) == 6
     decoded.clear()
     Image.new("RGB", (64, 64), (0, 255, 255)).save("green/train_2.png")
     go("--epochs", 1, "--cache", "kept")
-    assert decoded == {f"train_{number}.png": 1 for number in range(4)}
+    assert decoded == {"train_2.png": 1}
     changed = weights_of()
     go("--epochs", 1)
     assert same(changed, weights_of())
+
+
+def test_after_corrections_only_added_images_are_computed(colours, quick, decoded, monkeypatch):
+    monkeypatch.setattr("transfer.features.CHUNK_ROWS", 4)
+    go("--epochs", 1, "--cache", "kept")
+    decoded.clear()
+    first, second, *lines = Path("train.txt").read_text().splitlines()
+    Image.new("RGB", (64, 64), (250, 30, 30)).save("red/added.png")
+    # One photo is left out, one has another label, one is added, and all stand elsewhere.
+    Path("train.txt").write_text("\n".join(["red/added.png 0", *reversed(lines), f"{second[:-1]}1"]))
+    go("--epochs", 1, "--cache", "kept")
+    assert decoded == {"added.png": 1}
+    corrected = weights_of()
+    decoded.clear()
+    go("--epochs", 1, "--cache", "kept")
+    assert not decoded and same(corrected, weights_of())
+    go("--epochs", 1)
+    assert same(corrected, weights_of())
+
+
+@pytest.mark.parametrize(
+    ("call", "failure"),
+    [
+        ("transfer.images.open_regular", OSError(errno.EMFILE, "too many open files")),
+        ("PIL.Image.open", OSError(errno.EIO, "input/output error")),  # in the middle of the file
+        ("PIL.Image.open", MemoryError()),
+    ],
+    ids=repr,
+)
+def test_what_could_not_be_read_for_a_reason_that_may_pass_is_tried_again(extract, monkeypatch, capsys, call, failure):
+    expected, read = extract(), train.read_image
+    for path in chunks_in("."):
+        path.unlink()
+
+    def fail(*_, **__):
+        raise failure
+
+    def read_photo(path):
+        with pytest.MonkeyPatch.context() as patch:
+            if path == b"green/train_1.png":
+                patch.setattr(call, fail)
+            return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "read_image", read_photo)
+        failed = extract(max_unreadable=1)
+    assert list(failed.unreadable) == [3] and "damaged" not in capsys.readouterr().err
+    again = extract()
+    assert not again.unreadable and torch.equal(whole(again), whole(expected))
+
+
+def test_keys_are_found_in_whichever_table_holds_them():
+    keys = torch.tensor([[5, 1], [3, 2], [9, 9], [5, 2], [0, 0], [-7, 4]])
+    tables = [
+        torch.tensor([[3, 2], [0, 0]]),
+        torch.empty(0, 2, dtype=torch.int64),
+        torch.tensor([[-7, 4], [1, 1], [5, 1]]),
+    ]
+    assert find_rows(keys, tables).tolist() == [[2, 2], [0, 0], [-1, -1], [-1, -1], [-1, -1], [2, 0]]
+    assert find_rows(keys, []).tolist() == [[-1, -1]] * 6 and find_rows(keys[:0], tables).shape == (0, 2)
+
+
+def test_a_list_of_any_length_takes_fewer_files_than_can_be_mapped():
+    assert [features.chunk_rows(count) for count in (1, 1024 * 16_384)] == [1024, 1024]
+    for count in (67 * 10**6, 10**9):
+        assert count / features.chunk_rows(count) <= 16_384
+
+
+def test_too_many_mapped_files_are_not_called_damaged(extract, monkeypatch, capsys):
+    extract()
+    before = {path: path.read_bytes() for path in chunks_in(".")}
+
+    def full(*_, **__):
+        raise RuntimeError(f"unable to mmap 12 bytes from file <x>: {os.strerror(errno.ENOMEM)} ({errno.ENOMEM})")
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(UserError, match=r"\.pt: no memory left, or more files mapped than vm\.max_map_count allows; "):
+        extract()
+    assert {path: path.read_bytes() for path in chunks_in(".")} == before and not capsys.readouterr().err
+
+
+def whole(features):
+    """All features in the list's order."""
+    return features.gather(torch.arange(len(features.labels)), slice(None))
 
 
 def truncated(path, _):
@@ -164,12 +278,13 @@ def a_list(path, _):
 
 
 def wrong_shape(path, _):
-    torch.save({"features": torch.zeros(4, 1, 512), "unread": {}}, path)
+    chunk = torch.load(path, weights_only=True)
+    torch.save(chunk | {"features": torch.zeros(4, 1, 512)}, path)
 
 
 def wrong_type(path, _):
-    features = torch.load(path, weights_only=True)["features"]
-    torch.save({"features": features.double(), "unread": {}}, path)
+    chunk = torch.load(path, weights_only=True)
+    torch.save(chunk | {"features": chunk["features"].double()}, path)
 
 
 def another_chunk(path, other):
@@ -182,14 +297,14 @@ def another_chunk(path, other):
     ids=lambda damage: damage.__name__,
 )
 def test_a_damaged_or_foreign_chunk_is_computed_again_with_a_warning(extract, capsys, damage):
-    expected = torch.cat(extract().chunks).clone()
+    expected = whole(extract())
     first, second = chunks_in(".")
     content = first.read_bytes()
     damage(first, second)
     assert first.read_bytes() != content
-    assert torch.equal(torch.cat(extract().chunks), expected)
+    assert torch.equal(whole(extract()), expected)
     assert capsys.readouterr().err == f"warning: {first.name}: damaged or foreign; computed again\n"
-    assert torch.equal(torch.cat(extract().chunks), expected)
+    assert torch.equal(whole(extract()), expected)
     assert capsys.readouterr().err == ""
 
 

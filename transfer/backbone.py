@@ -34,7 +34,7 @@ START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 Embedded = tuple[list[int], Tensor, dict[int, str]]
 # The same as it travels from a worker: the values as bytes, and their dtype, since numpy has no bfloat16.
 Packed = tuple[list[int], np.ndarray, torch.dtype, dict[int, str]]
-READING_VERSION = 2  # of how images become numbers, up to `embed`: raise it and no cached feature is used
+READING_VERSION = 3  # of how images become numbers, up to `embed`: raise it and no cached feature is used
 
 
 class Backbone(nn.Sequential):

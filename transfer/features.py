@@ -2,9 +2,11 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,28 +15,38 @@ from torch import distributed as dist
 from torch.utils.data import Dataset
 
 from transfer.backbone import PASS_BATCH, embed_dataset, unbatch
-from transfer.cache import chunk_path, read_chunk, recipe_digest, save_chunk
+from transfer.cache import FeatureCache, image_keys, recipe_digest
 from transfer.console import Progress, first_three, warn
 from transfer.device import Compute
 from transfer.distributed import broadcast, gather_rows, get_rank, get_world_size, is_main_process, rank_slice
 from transfer.lists import check_unreadable
 
 CHUNK_ROWS = 1024  # images per file of the cache: what a killed pass may lose
+MAX_CHUNKS = 16_384  # files of a list, beyond which they hold more images each: Linux lets a process map 65,530
 
 
 class Features:
     """Features of n images, float32 (n, V, D), in chunks of `step` rows: in memory, or mapped from the cache.
 
-    labels: (n,); rows: the numbers of the images that are meant, at first all that could be read. Under torchrun only
+    labels: (n,); rows: the numbers of the images that are meant, at first all that could be read; places: (n,) where
+    each image is, as chunk * step + row, where chunks may be shorter and hold other images too. Under torchrun only
     rank 0 has chunks.
     """
 
-    def __init__(self, chunks: Sequence[Tensor], step: int, labels: Tensor, unreadable: dict[int, str] | None = None):
+    def __init__(
+        self,
+        chunks: Sequence[Tensor],
+        step: int,
+        labels: Tensor,
+        unreadable: dict[int, str] | None = None,
+        *,
+        places: Tensor | None = None,
+    ):
         self.chunks, self.step, self.labels, self.unreadable = chunks, step, labels, unreadable or {}
         readable = torch.ones(len(labels), dtype=torch.bool)
         readable[list(self.unreadable)] = False
         self.rows = readable.nonzero().flatten()
-        self.places = None  # of the images in the chunks, where these hold others too
+        self.places = places
 
     def only(self, rows: Tensor) -> "Features":
         """The same features, of which these rows are meant."""
@@ -77,9 +89,13 @@ class Features:
         width = self.chunks[0].shape[2]
         odd = torch.randint(-(2**62), 2**62, (width,), generator=torch.Generator().manual_seed(0)) | 1
         # Sums of the bits as integers, each times a random number, modulo 2**64; in slices, to bound the memory.
-        slices = (part[:, 0].contiguous() for chunk in self.chunks for part in chunk.split(CHUNK_ROWS))
-        hashes = torch.cat([(features.view(torch.int32).long() * odd).sum(1) for features in slices])
-        return hashes if self.places is None else hashes[self.places]
+        hashes = torch.zeros(len(self.chunks) * self.step, dtype=torch.int64)
+        for number, chunk in enumerate(self.chunks):
+            for start in range(0, len(chunk), CHUNK_ROWS):
+                features = chunk[start : start + CHUNK_ROWS, 0].contiguous()
+                first = number * self.step + start
+                hashes[first : first + len(features)] = (features.view(torch.int32).long() * odd).sum(1)
+        return hashes[: len(self.labels)] if self.places is None else hashes[self.places]
 
 
 @dataclass(frozen=True)
@@ -114,88 +130,132 @@ def extract_features(
 ) -> Features:
     """One pass over an `ImageDataset`: each image decoded once, each of its V views through the backbone once.
 
-    With a cache, chunks found there are not computed, and new ones are kept. Under torchrun each rank does its slice,
+    With a cache, images found there are not passed, and new ones are kept. Under torchrun each rank does its slice,
     unless this rank does all, and the features are rank 0's alone. Raises UserError (status 1) where more images than
     max_unreadable can't be read, and as `embed_dataset` and `save_atomically` do.
     """
     image_list = dataset.image_list
-    # Whole chunks for each rank, so that another number of ranks finds them in the cache.
-    rows = range(len(image_list)) if this_rank_only else rank_slice(len(image_list), step=CHUNK_ROWS if cache else 1)
-    step = CHUNK_ROWS if cache else max(1, len(rows))
-    spans = [range(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
-    paths = []
-    if cache and spans:
-        digest = recipe_digest(backbone, dataset, compute)
-        paths = [chunk_path(cache, digest, image_list, span) for span in spans]
-    found = extract_chunks(backbone, dataset, spans, paths, compute=compute, max_unreadable=max_unreadable)
-    chunks = [chunk for chunk, _ in found]
-    unreadable = {row: why for _, reasons in found for row, why in reasons.items()}
+    # Whole chunks for each rank, so that another number of ranks keeps the same ones.
+    step = CHUNK_ROWS if cache else 1
+    rows = range(len(image_list)) if this_rank_only else rank_slice(len(image_list), step=step)
+    store = None
+    if cache:
+        shape = len(dataset.views), backbone.feature_dim
+        store = FeatureCache(cache, recipe_digest(backbone, dataset, compute), shape)
+    table = extract_table(backbone, dataset, rows, store, compute=compute, max_unreadable=max_unreadable)
     if not this_rank_only and get_world_size() > 1:
-        chunks, step, unreadable = share_chunks(chunks, unreadable, paths, step=step, count=len(image_list))
-    check_unreadable(image_list, unreadable, max_unreadable)
-    return Features(chunks, step, image_list.labels, unreadable)
+        table = share_table(table, store, count=len(image_list), step=step)
+    check_unreadable(image_list, table.unreadable, max_unreadable)
+    longest = max((len(chunk) for chunk in table.chunks), default=1)
+    places = table.places[:, 0] * longest + table.places[:, 1] if table.chunks else None
+    return Features(table.chunks, longest, image_list.labels, table.unreadable, places=places)
+
+
+class Table(NamedTuple):
+    """Features of some rows of a list, in chunks (n, V, D): where each row is, its chunk and its row in that, (rows, 2);
+    the reasons by row of the list of those without; the files that the chunks are mapped from, where they are.
+    """
+
+    chunks: list[Tensor]
+    places: Tensor
+    unreadable: dict[int, str]
+    paths: list[Path]
+
+    def in_order(self) -> Tensor:
+        """The features of all rows in one tensor."""
+        if not self.chunks:
+            return torch.empty(0)
+        if not self.paths:  # passed just now, as they come
+            return self.chunks[0]
+        rows = torch.empty(len(self.places), *self.chunks[0].shape[1:])
+        for number, chunk in enumerate(self.chunks):
+            here = self.places[:, 0] == number
+            rows[here] = chunk[self.places[here, 1]]
+        return rows
+
+
+def extract_table(
+    backbone: nn.Module,
+    dataset: Dataset,
+    rows: range,
+    store: FeatureCache | None,
+    *,
+    compute: Compute,
+    max_unreadable: int,
+) -> Table:
+    """The features of these rows: found in the store, or passed and kept there. Raises as `extract_features` does."""
+    keys = image_keys(dataset.image_list, rows) if store else torch.empty(len(rows), 2)
+    paths, found, places = store.find(keys) if store else ([], [], torch.full((len(rows), 2), -1))
+    table = Table([features for features, _ in found], places, {}, paths)
+    for number, (_, reasons) in enumerate(found):
+        for row in (places[:, 0] == number).nonzero().flatten().tolist() if reasons else ():
+            if reason := reasons.get(int(places[row, 1])):
+                table.unreadable[rows.start + row] = reason
+    missing = (places[:, 0] < 0).nonzero().flatten()
+    parts = missing.split(chunk_rows(len(dataset)) if store else len(rows)) if len(missing) else ()
+    listed = [part + rows.start for part in parts]
+    passed = extract_chunks(backbone, dataset, listed, compute=compute, max_unreadable=max_unreadable)
+    for part, (features, reasons) in zip(parts, passed, strict=True):
+        table.unreadable.update({rows.start + int(part[row]): reason for row, reason in reasons.items()})
+        if store:
+            path, features = store.save(keys[part], features, reasons)
+            paths.append(path)
+        places[part] = torch.stack([torch.full_like(part, len(table.chunks)), torch.arange(len(part))], 1)
+        table.chunks.append(features)
+    return table
+
+
+def chunk_rows(count: int) -> int:
+    """The images per file of the cache, of a list of so many."""
+    return CHUNK_ROWS * max(1, math.ceil(count / (CHUNK_ROWS * MAX_CHUNKS)))
 
 
 def extract_chunks(
     backbone: nn.Module,
     dataset: Dataset,
-    spans: Sequence[range],
-    paths: Sequence[Path],
+    parts: Sequence[Tensor],
     *,
     compute: Compute,
     max_unreadable: int,
-) -> list[tuple[Tensor, dict[int, str]]]:
-    """The features (len(span), V, D) of each span of rows, and the reasons by row of those without.
-
-    paths: where each span is kept, or none. Raises UserError as `extract_features` does.
+) -> Iterator[tuple[Tensor, dict[int, str]]]:
+    """One pass over these rows of a dataset, some (n,) after the other: of each part its features (n, V, D), and the
+    reasons by place in the part of those without. Raises as `extract_features` does.
     """
-    shapes = [(len(span), len(dataset.views), backbone.feature_dim) for span in spans]
-    kept = [read_chunk(path, shape) for path, shape in zip(paths, shapes, strict=True)] if paths else []
-    found = kept or [None] * len(spans)
-    missing = [number for number, chunk in enumerate(found) if chunk is None]
-    rows = [row for number in missing for row in spans[number]]
-    views = len(dataset.views)
+    rows, views = [row for part in parts for row in part.tolist()], len(dataset.views)
     batch_size = max(1, PASS_BATCH[compute.device.type] // views)
     images = unbatch(embed_dataset(backbone, dataset, rows, compute=compute, batch_size=batch_size, per_image=views))
     progress, unreadable = Progress(f"{dataset.image_list.name}:", len(rows)), {}
-    for number in missing:
-        features, reasons = torch.zeros(shapes[number]), {}
-        for row, values in itertools.islice(images, len(spans[number])):
+    for part in parts:
+        features, reasons = torch.zeros(len(part), views, backbone.feature_dim), {}
+        for place, (row, values) in enumerate(itertools.islice(images, len(part))):
             if isinstance(values, str):
-                reasons[row] = unreadable[row] = values
+                reasons[place] = unreadable[row] = values
                 if max_unreadable and len(unreadable) > max_unreadable:  # no use in going on
                     stopped = row + 1 < len(dataset)
                     check_unreadable(dataset.image_list, unreadable, max_unreadable, stopped=stopped)
             else:
-                features[row - spans[number].start] = values
+                features[place] = values
             progress.add(1)
-        found[number] = features, reasons
-        if paths:
-            save_chunk(paths[number], features, reasons)
-            found[number] = read_chunk(paths[number], features.shape) or found[number]
-    return found
+        yield features, reasons
 
 
-def share_chunks(
-    chunks: Sequence[Tensor], unreadable: dict[int, str], paths: Sequence[Path], *, step: int, count: int
-) -> tuple[list[Tensor], int, dict[int, str]]:
-    """All ranks' features on rank 0, none on the others, in chunks of how many rows; and all ranks' unreadable rows.
+def share_table(table: Table, store: FeatureCache | None, *, count: int, step: int) -> Table:
+    """All ranks' features on rank 0, none on the others; and all ranks' unreadable rows. step: slices are whole steps.
 
     From a cache that rank 0 sees they are mapped, so that its memory does not grow with the data. Else they are sent.
     """
     gathered = [None] * get_world_size()
-    mine = unreadable, [path.resolve() for path in paths], [chunk.shape for chunk in chunks]
-    dist.all_gather_object(gathered, mine)
-    everywhere = {row: reason for reasons, *_ in gathered for row, reason in reasons.items()}
-    mapped = []
-    if is_main_process() and paths:
-        places = [(path, shape) for _, theirs, shapes in gathered for path, shape in zip(theirs, shapes, strict=True)]
-        mapped = [read_chunk(path, shape) for path, shape in places]
+    dist.all_gather_object(gathered, (table.unreadable, [path.resolve() for path in table.paths], table.places))
+    unreadable = {row: reason for reasons, *_ in gathered for row, reason in reasons.items()}
+    paths = [path for _, theirs, _ in gathered for path in theirs]
+    mapped = [store.read(path) for path in paths] if store and is_main_process() else []
     if broadcast(bool(mapped) and all(mapped)):  # else the others must send theirs
-        return [chunk for chunk, _ in mapped], step, everywhere
-    own = chunks[0] if len(chunks) == 1 else torch.cat(chunks) if chunks else torch.empty(0)
-    rows = gather_rows(own, count, step if paths else 1)
-    return [rows] if rows is not None else [], count, everywhere
+        first = list(itertools.accumulate((len(theirs) for _, theirs, _ in gathered), initial=0))
+        places = [theirs + torch.tensor([start, 0]) for start, (*_, theirs) in zip(first, gathered, strict=False)]
+        return Table([chunk for chunk, _ in mapped], torch.cat(places), unreadable, paths)
+    rows = gather_rows(table.in_order(), count, step)
+    places = torch.stack([torch.zeros(count, dtype=torch.int64), torch.arange(count)], 1)
+    return Table([] if rows is None else [rows], places, unreadable, [])
 
 
 def warn_on_leakage(train: Split, test: Split) -> None:

@@ -28,8 +28,15 @@ def open_regular(path: str | bytes | os.PathLike) -> io.BufferedReader:
     return open(path, "rb")
 
 
-def load_untrusted(path: Path, mmap: bool = False) -> object:
-    """What torch.save wrote: tensors and plain values. Raises UserError where it is damaged or holds more."""
+class MappingError(UserError):
+    """Why a sound file can't be mapped into memory: there is no room, or there are too many mapped files already."""
+
+
+def load_untrusted(path: Path, mmap: bool = False, check: bool = True) -> object:
+    """What torch.save wrote: tensors and plain values. Raises UserError where it is damaged or holds more.
+
+    mmap: map the tensors into memory, which only reads what is asked for; check: read all of it for its checksums.
+    """
     name = printable(path)
     try:
         file = open_regular(path)
@@ -37,10 +44,13 @@ def load_untrusted(path: Path, mmap: bool = False) -> object:
         raise UserError(f"{name}: {os_reason(error)}; name a file of weights") from None
     try:
         with file:
-            if zipfile.is_zipfile(file):
+            if check and zipfile.is_zipfile(file):
                 check_zip(file)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # parsers of untrusted bytes: damage comes as nearly any exception there is
+        if mmap and os.strerror(errno.ENOMEM) in str(error):
+            limit = "no memory left, or more files mapped than vm.max_map_count allows"
+            raise MappingError(f"{name}: {limit}; raise that limit (sysctl -w vm.max_map_count=262144)") from None
         code = isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower()
         reason = "not a weights file: it holds more than tensors" if code else "damaged, or not a weights file"
         raise UserError(f"{name}: {reason}; get it again from its source") from None

@@ -22,7 +22,13 @@ SUFFIXES = (
 
 
 class ImageError(Exception):
-    """Why one image can't be used."""
+    """Why one image can't be used: its one argument, in words."""
+
+
+class PassingReason(str):
+    """Why an image can't be read now, which its bytes have no part in: another run may read it."""
+
+    __slots__ = ()
 
 
 def read_image(path: str | bytes | os.PathLike) -> Image.Image:
@@ -31,7 +37,7 @@ def read_image(path: str | bytes | os.PathLike) -> Image.Image:
         with open_regular(path) as file:
             return decode_image(file)
     except OSError as error:
-        raise ImageError(os_reason(error)) from None
+        raise ImageError(PassingReason(os_reason(error))) from None
 
 
 def decode_image(file: io.BufferedIOBase) -> Image.Image:
@@ -65,7 +71,11 @@ def decode_image(file: io.BufferedIOBase) -> Image.Image:
     except (Image.UnidentifiedImageError, Image.DecompressionBombError) as error:
         bomb = isinstance(error, Image.DecompressionBombError)
         raise ImageError(f"over the limit of {MAX_PIXELS:,} pixels" if bomb else "not an image") from None
+    except MemoryError:
+        raise ImageError(PassingReason("out of memory")) from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, not the decoder's
+            raise ImageError(PassingReason(os_reason(error))) from None
         raise ImageError(f"damaged ({printable(str(error)) or type(error).__name__})") from None
 
 

@@ -32,10 +32,11 @@ from transfer.backbone import PASS_BATCH, Backbone, embed, embed_batches, embed_
 from transfer.checkpoint import load_checkpoint
 from transfer.console import Progress, UserError, one_line_errors, printable
 from transfer.device import Compute, pick_compute
-from transfer.files import check_outputs, history_path, page_outputs
+from transfer.files import history_path
 from transfer.images import ImageError, as_rgb, read_image, upright
 from transfer.lists import ImageList
 from transfer.metrics import ClassificationScores, ScoredImage, classification_report, likeliest
+from transfer.outputs import check_outputs, page_outputs
 from transfer.pages.report import save_report
 from transfer.rows import row_printer
 from transfer.sources import Source, join_sources, read_sources
@@ -157,7 +158,7 @@ def check_request(
         fix = "give lists, a path and a class number per line, or folders of class folders"
         raise UserError(f"{flag}: needs labels; {fix}")
     if report:
-        check_outputs(page_outputs("--report", report, table=False), reads)
+        check_outputs(page_outputs("--report", report), reads)
 
 
 @one_line_errors()

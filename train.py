@@ -46,16 +46,16 @@ from transfer.calibration import MAX_IMAGES, calibrate, collect_logits
 from transfer.checkpoint import Checkpointer
 from transfer.console import one_line_errors, plural
 from transfer.crossval import cross_val_logits, group_split
-from transfer.data import Data, hold_out_test, load_data
+from transfer.data import Data, hold_out_test, load_data, split_lists
 from transfer.device import Compute, pick_compute
 from transfer.distributed import broadcast, end_distributed, gather, init_distributed, is_main_process, on_main_process
 from transfer.features import Split, Splits, extract_features, warn_on_leakage
-from transfer.files import prepare_outputs
 from transfer.finetune import prepare_finetuning, unwrap
 from transfer.history import History, print_header, print_next, print_result, run_metadata
 from transfer.images import ImageError, read_image
 from transfer.lists import ImageList
 from transfer.metrics import MetricMeter, Metrics, class_weights
+from transfer.outputs import prepare_outputs
 from transfer.pages.audit_page import save_audit
 from transfer.pretrained import load_pretrained
 from transfer.signals import check_stop
@@ -355,7 +355,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     compute = pick_compute(args.device, args.precision, args.workers, training=args.finetune_epochs > 0)
     data = load_data(args.train, args.test, args.root, args.classes, val_split=args.val_split, out=args.out)
     size, inputs = checkpoint_bytes(args.arch, len(data.classes)), data.inputs(args.weights)
-    prepare_outputs(args.out, size, inputs, cache=args.cache, audit=args.audit, lists=data.split_paths)
+    prepare_outputs(
+        args.out, size, inputs, cache=args.cache, audit=args.audit, lists=data.split_paths, reads=data.files
+    )
     init_distributed()
     pretrained = load_pretrained(args.weights, args.arch)
     history = History(args.out, "val" if args.val_split else "test", args.balance)
@@ -368,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The head is trained on the features; then, if asked for, the last stages with it. The best epoch is saved.
     criterion = build_criterion(splits.train, len(data.classes), args.balance)
     metadata = run_metadata(vars(args), data, pretrained, splits, compute=compute)
-    checkpointer = Checkpointer(args.out, model, metadata, start_time)
+    checkpointer = Checkpointer(args.out, model, metadata, start_time, lists=split_lists(data, splits, args.out))
     early_head = train_head(model.fc, criterion, splits, hparams, history=history, checkpointer=checkpointer)
     finetuned = None
     if args.finetune_epochs:

@@ -15,7 +15,7 @@ from torchvision import transforms as T
 import train
 from transfer import cache, features
 from transfer.backbone import READING_VERSION
-from transfer.cache import FeatureCache, find_rows, image_keys, recipe_digest
+from transfer.cache import find_rows, image_keys, recipe_digest
 from transfer.console import UserError
 from transfer.device import Compute
 from transfer.lists import read_list

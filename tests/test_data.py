@@ -11,7 +11,8 @@ from conftest import COLOURS, go, run_main, save_photo
 import train
 from transfer.checkpoint import load_checkpoint
 from transfer.console import UserError
-from transfer.data import check_split, load_data, share_folders, why_unlistable, write_list
+from transfer.data import check_split, list_text, load_data, share_folders, why_unlistable
+from transfer.files import backup_path
 from transfer.folders import read_folder
 from transfer.lists import ImageList, read_list
 
@@ -157,7 +158,36 @@ def test_a_path_that_looks_like_a_comment_is_written_so_that_it_is_read_again(tm
     names = [b"#1/a.png", b" b/a.png", b"./c/a.png", b"d/e f 7.png"]
     for name in names:
         save_photo(os.fsdecode(name))
-    write_list(Path("list.txt"), ImageList("x", names, [0, 1, 2, 3], range(4)), "by hand")
+    Path("list.txt").write_bytes(list_text(ImageList("x", names, [0, 1, 2, 3], range(4)), "by hand"))
     image_list, problems = read_list(Path("list.txt"), Path())
     assert not problems and image_list.lines.tolist() == [2, 3, 4, 5] and image_list.labels.tolist() == [0, 1, 2, 3]
     assert [os.path.normpath(path) for path in image_list.paths()] == [os.path.normpath(name) for name in names]
+
+
+def test_the_lists_of_a_split_are_those_of_the_checkpoint_beside_them_also_where_a_later_run_stops_early(photos, quick):
+    go("--train", "photos", "--epochs", 1)
+    before = {path: path.read_bytes() for path in Path().glob("best.*")}
+    assert set(map(str, before)) == {"best.pth", "best.csv", "best.train.txt", "best.test.txt"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_one_epoch", interrupt)
+        assert run_main(train.main, "--train", "photos", "--seed", 1, "--weights", "none", "--workers", 0)[0] == 130
+    assert {path: path.read_bytes() for path in Path().glob("best.*")} == before
+    go("--train", "photos", "--epochs", 1, "--seed", 1)
+    assert Path("best.test.txt").read_bytes() != before[Path("best.test.txt")]
+    assert {path: backup_path(path).read_bytes() for path in before} == before
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_lists_of_an_earlier_split_go_with_its_checkpoint_unless_they_are_read_or_ours_no_more(photos, quick):
+    go("--train", "photos", "--epochs", 1)
+    held = Path("best.test.txt").read_bytes()
+    go("--train", "best.train.txt", "--test", "best.test.txt", "--epochs", 1)
+    assert Path("best.test.txt").read_bytes() == held and not Path("best.test.previous.txt").exists()
+    go("--train", "photos", "--test", "photos", "--epochs", 1)
+    assert not Path("best.test.txt").exists() and Path("best.test.previous.txt").read_bytes() == held
+    Path("best.test.txt").write_text("photos/red/5.png 0\n")  # somebody's own
+    go("--train", "photos", "--test", "photos", "--epochs", 1)
+    assert Path("best.test.txt").read_text() == "photos/red/5.png 0\n"

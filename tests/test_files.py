@@ -9,6 +9,7 @@ import shutil
 import socket
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,11 @@ from torchvision.models import get_model
 
 import predict
 import train
+from transfer.console import UserError
+from transfer.files import save_together, temporary_path
 from transfer.metrics import Metrics
+from transfer.outputs import STALE, STARTS, audit_outputs, table_path
+from transfer.pages.html import page
 
 
 def make_odd_file(kind):
@@ -48,12 +53,16 @@ def test_after_kill_9_at_any_moment_the_checkpoint_is_whole():
 
 
 def test_what_a_killed_run_left_is_swept_by_the_next_and_nothing_else_is(job):
-    stale = [Path(".best.pth.123.tmp"), Path(".best.csv.123.tmp")]
-    others = [Path(".other.pth.123.tmp"), Path("best.pth.tmp"), Path(".best.pth.bak")]
+    os.mkdir("kept")
+    stale = [Path(".best.pth.123.tmp"), Path(".best.csv.host-7-ab.tmp"), Path("kept/.01ab-cd.pt.host-7-ab.tmp")]
+    others = [Path(".other.pth.123.tmp"), Path("best.pth.tmp"), Path(".best.pth.bak"), Path("kept/.note.tmp")]
     for path in (*stale, *others):
         path.write_bytes(b"half")
-    assert job()[0] == 0
-    assert [path.exists() for path in stale] == [False, False]
+        os.utime(path, (time.time() - 2 * STALE,) * 2)
+    others.append(Path("kept/.01ab-ce.pt.host-1-ab.tmp"))  # another run's, at work
+    others[-1].write_bytes(b"half")
+    assert job("--cache", "kept")[0] == 0
+    assert not any(path.exists() for path in stale)
     assert all(path.read_bytes() == b"half" for path in others)
 
 
@@ -73,7 +82,7 @@ class Faults:
             raise OSError(self.code, os.strerror(self.code))
 
     def opened(self, path, mode="r", *rest, **options):
-        if "w" not in mode:
+        if "x" not in mode:
             return self.open(path, mode, *rest, **options)
         self.count("open")
         file = self.open(path, mode, *rest, **options)
@@ -111,7 +120,7 @@ class Faults:
 def test_whichever_write_fails_the_last_whole_files_stay(job, monkeypatch, call, code, words):
     failed = []
     for number in itertools.count(1):
-        old = {"best.pth": b"the old one", "best.csv": b"the old figures"}
+        old = {"best.pth": b"the old one", "best.csv": b"epoch,train_loss,of the old one"}
         for name, content in old.items():
             Path(name).write_bytes(content)
         with monkeypatch.context() as patch:
@@ -159,7 +168,9 @@ def test_a_folder_that_takes_no_files_is_found_before_training(job, monkeypatch,
     [
         ("red", "is a directory; name a file, such as red/best.pth"),
         ("none/best.pth", f"can't write in none ({os.strerror(errno.ENOENT).lower()}); name another folder"),
-        ("best.csv", "the .csv beside the checkpoint has this name; end it in .pth"),
+        ("best.csv", "a checkpoint's name does not end in .csv; the .csv beside it has this name; end it in .pth"),
+        ("zz.txt", "a checkpoint's name does not end in .txt; end it in .pth"),
+        ("best.html", "a checkpoint's name does not end in .html; end it in .pth"),
     ],
 )
 def test_an_impossible_output_is_found_before_training(job, out, problem):
@@ -169,10 +180,9 @@ def test_an_impossible_output_is_found_before_training(job, out, problem):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (("--out", "train.txt"), "train.txt: is read by this run; name another file to write"),
         (("--train", "data.csv", "--out", "data.pth"), "data.csv: is read by this run; name another file to write"),
         (("--classes", "names", "--out", "names"), "names: is read by this run; name another file to write"),
-        (("--out", "red/train_0.png"), "red/train_0.png: is read by this run; name another file to write"),
+        (("--train", "best.previous.pth"), "best.previous.pth: is read by this run; name another file to write"),
         (("--out", "link.pth"), "link.pth: is read by this run; name another file to write"),
         (("--weights", "old.pth", "--out", "old.pth"), "old.pth: is read by this run; name another file to write"),
         (
@@ -184,7 +194,7 @@ def test_an_impossible_output_is_found_before_training(job, out, problem):
     ],
 )
 def test_an_output_that_would_destroy_an_input_or_a_device_is_found_before_training(job, options, problem):
-    for name in ("data.csv", "o.previous.csv"):
+    for name in ("data.csv", "o.previous.csv", "best.previous.pth"):
         shutil.copy("train.txt", name)
     Path("names").write_text("red\ngreen\nblue\n")
     Path("old.pth").write_bytes(b"weights")
@@ -203,3 +213,84 @@ def test_a_link_for_a_checkpoint_stays_one_and_what_it_names_is_replaced(job):
     assert job("--seed", 2)[0] == 0
     assert os.path.islink("best.pth") and Path("models/first.pth").read_bytes() != first
     assert Path("best.previous.pth").read_bytes() == first and os.listdir("models") == ["first.pth"]
+
+
+FOREIGN = {
+    "sales.csv": ("--audit", "sales.html"),
+    "sales.html": ("--audit", "sales.html"),
+    "best.csv": (),
+    "best.previous.csv": (),
+    "best.train.txt": ("--train", "all.txt"),
+    "best.test.previous.txt": ("--train", "all.txt"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_no_run_wrote_is_never_replaced_by_what_is_written_beside_a_checkpoint_or_a_page(job, name):
+    shutil.copy("train.txt", "all.txt")
+    Path("test.txt").unlink() if "all.txt" in FOREIGN[name] else None
+    Path(name).write_text("month;sum\n1;200\n")
+    before = {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
+    status, out, err = job(*FOREIGN[name])
+    flag = FOREIGN[name][0] if "sales" in name else "--out"
+    assert (status, out) == (2, "") and re.fullmatch(
+        rf"error: {flag} {name}: is there already, and is not (an?|the) [\w' ]+; move it, or name another file\n", err
+    )
+    assert {path: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
+
+
+def test_what_a_run_wrote_beside_a_page_is_replaced_by_the_next(trained):
+    for _ in range(2):
+        assert trained("--audit", "look.html")[0] == 0
+    Path("look.csv").touch()
+    Path("look.html").write_bytes(b"")
+    assert trained("--audit", "look.html")[0] == 0 and Path("look.html").stat().st_size > 1000
+    assert page("A", "b", []).encode().startswith(STARTS["a page of ours"])
+    status, _, err = trained("--out", "look.pth")  # whose figures would take the table's place
+    assert status == 2 and err.startswith("error: --out look.csv: is there already, and is not a run's figures; ")
+
+
+def test_an_audit_of_the_checkpoints_name_has_a_table_of_its_own(job):
+    assert job("--out", "a.pth", "--audit", "a.html")[0] == 0
+    assert Path("a.csv").read_text().startswith("epoch,") and Path("a.audit.csv").read_text().startswith("list,")
+    assert "a.audit.csv" in Path("a.html").read_text()
+    assert table_path(Path("b.html"), Path("a.pth")) == Path("b.csv")
+    assert table_path(Path("a.previous.html"), Path("./a.pth")) == Path("a.previous.audit.csv")
+    assert [output.path.name for output in audit_outputs(Path("a.html"), Path("a.pth"))] == ["a.html", "a.audit.csv"]
+
+
+@pytest.mark.parametrize("cache", ["photos/kept", "photos", "photos/red/kept"])
+def test_features_are_not_kept_among_the_photos(job, cache):
+    os.mkdir("photos")
+    for colour in ("red", "green", "blue"):
+        os.rename(colour, f"photos/{colour}")
+    why = f"--cache {cache}: lies in photos, among the photos; name a folder beside that"
+    assert job("--train", "photos", "--cache", cache) == (2, "", f"error: {why}\n")
+    assert not list(Path("photos").rglob("kept"))
+    for _ in range(2):
+        assert job("--train", "photos", "--cache", "photos-kept")[0] == 0
+
+
+def test_two_writers_of_one_file_with_one_process_number_never_meet(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    target = tmp_path / "chunk.pt"
+    assert temporary_path(target) != temporary_path(target)
+    replace = os.replace
+
+    def another_writes_first(source, place):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            save_together([(target, b"the other's")])
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", another_writes_first)
+    save_together([(target, b"ours")])
+    assert target.read_bytes() == b"ours" and os.listdir(tmp_path) == ["chunk.pt"]
+
+
+def test_files_that_belong_together_stay_the_old_ones_until_all_new_ones_are_on_the_disk(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "none" / "second"
+    first.write_bytes(b"old")
+    with pytest.raises(UserError, match="second: .*; what was saved before is intact"):
+        save_together([(first, b"new"), (second, b"new")], backups=[first])
+    assert first.read_bytes() == b"old" and os.listdir(tmp_path) == ["first"]

@@ -8,7 +8,8 @@ import pytest
 from conftest import answer, go, rows_of
 
 import train
-from transfer.checkpoint import load_checkpoint
+from transfer.checkpoint import is_own, load_checkpoint
+from transfer.distributed import run_id
 from transfer.files import path_digest
 from transfer.history import History
 from transfer.metrics import Metrics
@@ -124,3 +125,29 @@ def test_a_very_large_rate_is_warned_of(job, lr, warned):
     status, _, err = job("--lr", lr)
     line = f"warning: --lr {lr} is very large, and the accuracy will be poor; the default is 0.005\n"
     assert status == 0 and (line in err) == warned
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_restarted_attempt_replaces_what_its_run_saved_and_keeps_what_lay_there_before(trained, monkeypatch):
+    kept, figures = Path("best.pth").read_bytes(), Path("best.csv").read_bytes()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # as torchrun has it where no --rdzv-id is given
+    first = trained("--seed", 1)[1]
+    assert "; kept as best.previous.pth\n" in first and Path("best.previous.pth").read_bytes() == kept
+    again = trained("--seed", 1)[1]
+    assert "replaces  best.pth of this run before it was restarted; best.previous.pth stays\n" in again
+    assert (Path("best.previous.pth").read_bytes(), Path("best.previous.csv").read_bytes()) == (kept, figures)
+    attempt = Path("best.pth").read_bytes()
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # another torchrun, later
+    assert trained("--seed", 2)[0] == 0 and Path("best.previous.pth").read_bytes() == attempt
+
+
+def test_an_attempt_is_one_of_this_run_by_its_torchrun_or_by_its_id_where_it_was_cut_short(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    alone = run_id()
+    assert not is_own({"run": alone}, run_id())  # each lone process is a run of its own
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job/7")
+    here = run_id()
+    assert here == run_id() and is_own({"run": here, "temperature": 1.0}, here)
+    elsewhere = f"{here.rpartition('/')[0]}/other-9-"
+    assert is_own({"run": elsewhere}, here) and not is_own({"run": elsewhere, "temperature": 1.0}, here)
+    assert not is_own({"run": "none/other-9-"}, "none/here-9-") and not is_own({}, here)

@@ -1,4 +1,4 @@
-"""The cache: features kept on disk in chunks of images, each image found by a key of all that its features depend on."""
+"""The cache: features kept on disk in chunks, each image found by a key of all that its features depend on."""
 
 import contextlib
 import hashlib
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transfer.backbone import NORMALIZE, READING_VERSION
 from transfer.console import UserError, printable, warn
 from transfer.device import Compute
-from transfer.files import MappingError, load_untrusted, save_tensors
+from transfer.files import MappingError, load_untrusted, save_atomically, serialized
 from transfer.images import PassingReason
 from transfer.lists import ImageList
 
@@ -136,6 +136,7 @@ class FeatureCache:
         lasting = {row: reason for row, reason in unreadable.items() if row not in passing}
         digest = hashlib.sha256(self.recipe + keys.numpy().tobytes()).hexdigest()
         path = self.folder / f"{self.recipe.hex()[:16]}-{digest[:24]}.pt"
-        save_tensors(path, {"name": path.name, "keys": keys, "features": features, "unread": lasting})
+        content = {"name": path.name, "keys": keys, "features": features, "unread": lasting}
+        save_atomically(path, serialized(content))
         mapped = self.read(path, keys)
         return path, mapped[0] if mapped else features

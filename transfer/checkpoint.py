@@ -1,6 +1,7 @@
 """Checkpoints: files of a ResNet checked, loaded and saved."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,14 +9,14 @@ from torch import Tensor, nn
 
 from transfer.architectures import arch_title, infer_arch, meta_state_dict, new_network
 from transfer.console import UserError, first_three, printable, warn
-from transfer.distributed import broadcast, is_main_process
-from transfer.files import backup, history_path, load_untrusted, save_tensors
+from transfer.distributed import broadcast, is_main_process, run_id
+from transfer.files import backup_path, history_path, load_untrusted, save_atomically, save_together, serialized
 from transfer.flags import IMAGE_SIZE, SIZES
 from transfer.lists import MAX_CLASSES
 from transfer.metrics import Metrics
 
 WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-FORMAT = 1  # of what `save_checkpoint` adds to a state dict
+FORMAT = 1  # of what `serialize` adds to a state dict
 METADATA_KEY = "train.py"  # its key in the state dict's _metadata, which a plain load_state_dict ignores
 METADATA_TYPES = {
     "format": int,
@@ -33,6 +34,7 @@ METADATA_TYPES = {
     "temperature": float,  # that the head's weights were divided by
     "size": int,  # of the images' sides, in pixels: 224 where it is not there
     "date": str,
+    "run": str,  # `run_id`, of whose attempts each may replace what another saved
     "device": str,
     "precision": str,
     "train_images": int,
@@ -42,7 +44,7 @@ METADATA_TYPES = {
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], object]:
-    """A state dict from an untrusted file, under torchvision's names, and the metadata that `save_checkpoint` gave it.
+    """A state dict from an untrusted file, under torchvision's names, and the metadata that `serialize` gave it.
 
     Nested under `model` or `state_dict`, or prefixed by DataParallel or torch.compile, is fine.
     Raises UserError as `load_untrusted` does, and where there is no state dict in it.
@@ -134,21 +136,41 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
 
 
 def describe_existing(path: Path) -> str | None:
-    """What a run that saves here replaces, in words; None where there is nothing."""
+    """What a run that saves here replaces and what becomes of that, in words; None where there is nothing."""
     if not path.exists():
         return None
+    name, metadata = printable(path), read_metadata(path)
+    if metadata is None:
+        return f"{name} (no checkpoint of ours); kept as {printable(backup_path(path))}"
+    if is_own(metadata, run_id()):
+        return f"{name} of this run before it was restarted; {printable(backup_path(path))} stays"
+    scored = " (of unknown accuracy)"
+    if {"accuracy", "chosen_on", "date"} <= metadata.keys():
+        scored = f", {metadata['accuracy']:.2%} on {printable(metadata['chosen_on'])}, {printable(metadata['date'])}"
+    return f"{name}{scored}; kept as {printable(backup_path(path))}"
+
+
+def read_metadata(path: Path) -> dict | None:
+    """What a checkpoint of ours says of itself; {} of another's, None where there is none."""
     try:
         state, metadata = load_state(path)
     except UserError:
-        return f"{printable(path)} (no checkpoint of ours)"
-    if not is_valid_metadata(metadata, len(state.get("fc.bias", ()))) or "accuracy" not in metadata:
-        return f"{printable(path)} (of unknown accuracy)"
-    scored = f"{metadata['accuracy']:.2%} on {printable(metadata['chosen_on'])}"
-    return f"{printable(path)}, {scored}, {printable(metadata['date'])}"
+        return None
+    return metadata if is_valid_metadata(metadata, len(state.get("fc.bias", ()))) else {}
+
+
+def is_own(metadata: dict, run: str) -> bool:
+    """Whether an attempt of this run saved a checkpoint: one that the same torchrun started; or, where another machine
+    took over, one of the same id that never came to its end, which gives a temperature.
+    """
+    saved = metadata.get("run", "")
+    launch = run.rpartition("/")[0]
+    cut_short = saved.rpartition("/")[0] == launch != "none" and "temperature" not in metadata
+    return saved == run or cut_short
 
 
 def is_valid_metadata(metadata: object, classes: int) -> bool:
-    """Whether a checkpoint's own account has the form that `save_checkpoint` gives it."""
+    """Whether a checkpoint's own account has the form that `serialize` gives it."""
     # Exact types: a subclass from a hostile file may carry anything under dict's method names.
     if type(metadata) is not dict or any(
         type(metadata[key]) is not METADATA_TYPES[key] for key in metadata if key in METADATA_TYPES
@@ -162,35 +184,58 @@ def is_valid_metadata(metadata: object, classes: int) -> bool:
     )
 
 
-def save_checkpoint(path: Path, model: nn.Module, metadata: dict) -> None:
-    """Save a plain torchvision state dict that carries `metadata` where only this project looks for it."""
+def serialize(model: nn.Module, metadata: dict) -> memoryview:
+    """A plain torchvision state dict that carries `metadata` where only this project looks for it, as a file's bytes."""
     state = model.state_dict()
     for key, value in state.items():
         state[key] = value.detach().cpu().contiguous()
     state._metadata[METADATA_KEY] = {"format": FORMAT} | metadata
-    save_tensors(path, state)
+    return serialized(state)
 
 
 class Checkpointer:
-    """Saves a run's best epoch so far, and loads it again. The first save backs up what lay there before."""
+    """Saves a run's best epoch so far, and loads it again.
 
-    def __init__(self, path: Path, model: nn.Module, metadata: dict, start_time: float):
-        self.path, self.model, self.metadata, self.start_time = path, model, metadata, start_time
+    The first save keeps what lay there before, and writes the lists that go with the checkpoint: paths and contents;
+    None for one that went with an earlier checkpoint, and goes with that to where it is kept.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        model: nn.Module,
+        metadata: dict,
+        start_time: float,
+        *,
+        lists: Sequence[tuple[Path, bytes | None]] = (),
+    ):
+        self.path, self.model, self.start_time, self.lists = path, model, start_time, lists
+        self.metadata = metadata | {"run": run_id()}
         self.saved = False
 
     def save(self, epoch: int, metrics: Metrics, temperature: float | None = None) -> None:
         """Rank 0 alone writes. Raises UserError (status 1) where the disk is full or fails."""
         if not is_main_process():
             return
-        if not self.saved:
-            backup(self.path)
-            backup(history_path(self.path))
-            self.saved = True
         about_epoch = {"epoch": epoch, "accuracy": metrics.accuracy, "recall": metrics.macro_recall}
         about_epoch["seconds"] = round(time.perf_counter() - self.start_time, 3)
         if temperature is not None:
             about_epoch["temperature"] = temperature
-        save_checkpoint(self.path, self.model, self.metadata | about_epoch)
+        content = serialize(self.model, self.metadata | about_epoch)
+        if self.saved:
+            save_atomically(self.path, content)
+        else:
+            self.save_first(content)
+
+    def save_first(self, content: memoryview) -> None:
+        """Save with the lists, and keep what they replace, unless an attempt of this run saved it."""
+        own = self.path.exists() and is_own(read_metadata(self.path) or {}, self.metadata["run"])
+        replaced = [self.path, history_path(self.path), *(path for path, _ in self.lists)]
+        lists = [(path, text) for path, text in self.lists if text is not None]
+        save_together([(self.path, content), *lists], backups=[] if own else replaced)
+        for path in (path for path, text in self.lists if text is None):
+            path.unlink(missing_ok=True)
+        self.saved, self.lists = True, ()
 
     def restore(self) -> None:
         """Give the model the weights that were saved last, on all ranks."""

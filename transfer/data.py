@@ -11,11 +11,11 @@ import torch
 
 from transfer.console import UserError, printable
 from transfer.crossval import group_split
-from transfer.distributed import is_main_process
-from transfer.features import Split
-from transfer.files import backup, save_atomically
+from transfer.features import Split, Splits
+from transfer.files import backup_path
 from transfer.folders import read_folder, remap_labels
 from transfer.lists import ImageList, check_lists, class_names, folders_by_label, read_list
+from transfer.outputs import Output
 
 TEST_SHARE = 0.2  # of the images of each class, held out where no test list is named
 
@@ -25,9 +25,9 @@ class Data:
     """Training and test images and the names of their classes.
 
     folders: the classes' names without --classes; train_path: the list or folder of train.
-    test: None where a part of train is to be held out, whose lists are then written to split_paths; test_path: the list
-    or folder that predict.py scores, and root, where its paths begin; files: the lists that were read; chosen_on: what
-    the epoch is chosen on, in words.
+    test: None where a part of train is to be held out, whose lists then go to split_paths with the checkpoint;
+    test_path: the list or folder that predict.py scores, and root, where its paths begin; files: the lists that were
+    read; chosen_on: what the epoch is chosen on, in words.
     """
 
     train: ImageList
@@ -80,11 +80,11 @@ def load_data(
             problems += test_problems
     check_lists(train, test, problems)
     check_split(train, test, val_split)
-    split_paths = [] if test else [out.with_name(f"{out.stem}.{part}.txt") for part in ("train", "test")]
+    lists = [] if test else split_paths(out)
     files = [path for path in (train_path, test_path, classes_path) if path]
-    scored, root = (test_path, root) if test else (split_paths[1], Path())
+    scored, root = (test_path, root) if test else (lists[1], Path())
     chosen_on = f"{val_split:.0%} of {train.name}" if val_split else printable(scored)
-    return Data(train, test, classes, folders, train_path, split_paths, scored, root, files, chosen_on)
+    return Data(train, test, classes, folders, train_path, lists, scored, root, files, chosen_on)
 
 
 def read_source(path: Path, root: Path) -> tuple[ImageList, list[str]]:
@@ -135,7 +135,7 @@ def why_unlistable(path: bytes) -> str | None:
 
 
 def hold_out_test(split: Split, paths: list[Path], seed: int) -> tuple[Split, Split]:
-    """Hold a fifth of each class out to test, near-duplicates together, and write both lists to the paths.
+    """Hold a fifth of each class out to test, near-duplicates together; paths: what the lists of both will be called.
 
     Returns the training images and the test images. Raises UserError (status 1).
     """
@@ -145,17 +145,34 @@ def hold_out_test(split: Split, paths: list[Path], seed: int) -> tuple[Split, Sp
         rows = part.features.rows
         half = whole.subset(rows)
         half.name, half.lines = printable(path), torch.arange(2, len(half) + 2, dtype=torch.int32)
-        if is_main_process():
-            backup(path)
-            write_list(path, half, f"of {whole.name}, by train.py with --view-seed {seed}")
         halves.append(Split(replace(split.dataset, image_list=half), split.features.subset(rows)))
     return halves[0], halves[1]
 
 
-def write_list(path: Path, image_list: ImageList, origin: str) -> None:
-    """A list as `read_list` reads it, below a comment. Raises UserError (status 1)."""
-    lines = [b"# " + origin.encode()]
+def split_lists(data: Data, splits: Splits, out: Path) -> list[tuple[Path, bytes | None]]:
+    """The lists that go beside a checkpoint: paths and contents, where test images were held out. Else None for those
+    of an earlier checkpoint that lie there, since this one may have been trained on what they call test images; but
+    not for what this run reads.
+    """
+    if data.test is None:
+        origin = f"of {data.train.name}, by train.py with --view-seed {splits.trainval.dataset.seed}"
+        halves = splits.trainval.dataset.image_list, splits.test.dataset.image_list
+        return [(path, list_text(half, origin)) for path, half in zip(data.split_paths, halves, strict=True)]
+    read = [path.resolve() for path in data.files]
+    earlier = [Output("--out", path, "a list of a split") for path in split_paths(out) if path.is_file()]
+    earlier = [output.path for output in earlier if not output.is_foreign()]
+    return [(path, None) for path in earlier if not {path.resolve(), backup_path(path).resolve()} & {*read}]
+
+
+def split_paths(out: Path) -> list[Path]:
+    """Where the lists of training and test images of a split go, beside a checkpoint."""
+    return [out.with_name(f"{out.stem}.{part}.txt") for part in ("train", "test")]
+
+
+def list_text(image_list: ImageList, origin: str) -> bytes:
+    """A list as `read_list` reads it, below a comment."""
+    lines = [b"# " + origin.encode(errors="surrogateescape")]
     for image, label in zip(image_list.each_path(), image_list.labels.tolist(), strict=True):
         plain = image[:1] not in b"# \t" and not image.startswith(b"./")
         lines.append(b"%s%s %d" % (b"" if plain else b"./", image, label))
-    save_atomically(path, b"\n".join(lines) + b"\n")
+    return b"\n".join(lines) + b"\n"

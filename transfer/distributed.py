@@ -1,12 +1,16 @@
 """The ranks: the processes of one torchrun, and what each of them takes on."""
 
+import contextlib
 import functools
 import math
 import os
+import secrets
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -64,6 +68,20 @@ def rank_slice(count: int, rank: int | None = None, step: int = 1) -> range:
     rank = rank if rank is not None else get_rank() if dist.is_initialized() else 0
     size = math.ceil(math.ceil(count / step) / get_world_size()) * step
     return range(min(rank * size, count), min((rank + 1) * size, count))
+
+
+def run_id() -> str:
+    """A name for this run: `launch/agent`. All attempts under one torchrun share it; any other process has its own.
+
+    torchrun's id for its launch ("none" where it has no --rdzv-id), and the process that starts the attempts.
+    """
+    launch, host = os.environ.get("TORCHELASTIC_RUN_ID"), socket.gethostname()
+    if launch is None:
+        return f"none/{host}-{os.getpid()}-{secrets.token_hex(8)}"
+    agent, started = os.getppid(), b""
+    with contextlib.suppress(OSError, IndexError):  # Linux: in containers the number alone is often 1
+        started = Path(f"/proc/{agent}/stat").read_bytes().rpartition(b")")[2].split()[19]
+    return f"{launch}/{host}-{agent}-{started.decode()}"
 
 
 def is_main_process() -> bool:

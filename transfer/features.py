@@ -152,7 +152,7 @@ def extract_features(
 
 
 class Table(NamedTuple):
-    """Features of some rows of a list, in chunks (n, V, D): where each row is, its chunk and its row in that, (rows, 2);
+    """Features of some rows of a list, in chunks (n, V, D): where each row is, its chunk and the row in it, (rows, 2);
     the reasons by row of the list of those without; the files that the chunks are mapped from, where they are.
     """
 

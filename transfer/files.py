@@ -2,23 +2,21 @@
 
 import contextlib
 import errno
-import glob
 import hashlib
 import io
 import os
 import pickle
+import secrets
 import shutil
+import socket
 import stat
-import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from transfer.console import UserError, os_reason, printable
-
-COPIES = 3.1  # of a checkpoint that a folder needs room for: the previous one, the old one and the new one; and figures
 
 
 def open_regular(path: str | bytes | os.PathLike) -> io.BufferedReader:
@@ -68,32 +66,50 @@ def check_zip(file: io.BufferedIOBase) -> None:
             raise ValueError("checksum")
 
 
+def temporary_path(target: Path) -> Path:
+    """Where a file is written before it is renamed: a name of its own, also beside other machines and containers."""
+    host = "".join(character for character in socket.gethostname() if character.isalnum())[:20]
+    return target.with_name(f".{target.name}.{host}-{os.getpid()}-{secrets.token_hex(8)}.tmp")
+
+
 def save_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write beside the file, then rename: at any moment the file is the old one or the new one, whole.
 
     A link stays one: what it names is replaced. Raises UserError (status 1) where the disk is full or fails.
     """
-    target = path.resolve()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with disk_errors(path, temporary):
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+    save_together([(path, content)])
+
+
+def save_together(files: Sequence[tuple[Path, bytes | memoryview]], backups: Sequence[Path] = ()) -> None:
+    """`save_atomically` for files that belong together: each stays the old one until all new ones are on the disk.
+
+    backups: files that are kept, each under another name, before any is replaced.
+    """
+    temporaries = [temporary_path(path.resolve()) for path, _ in files]
+    try:
+        for (path, content), temporary in zip(files, temporaries, strict=True):
+            with disk_errors(path), open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in backups:
+            backup(path)
+        for (path, _), temporary in zip(files, temporaries, strict=True):
+            with disk_errors(path):
+                os.replace(temporary, path.resolve())
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path, temporary: Path) -> Iterator[None]:
-    """Tell of a disk that is full or fails in one line, and leave no temporary file."""
+def disk_errors(path: Path) -> Iterator[None]:
+    """Tell of a disk that is full or fails in one line."""
     try:
         yield
     except OSError as error:
         reason = "disk full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else os_reason(error)
         raise UserError(f"{printable(path)}: {reason}; what was saved before is intact", status=1) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def backup_path(path: Path) -> Path:
@@ -108,20 +124,23 @@ def backup(path: Path) -> None:
     """
     if path.exists():
         previous = backup_path(path)
-        temporary = path.with_name(f".{previous.name}.{os.getpid()}.tmp")
-        with disk_errors(previous, temporary):
-            try:
-                os.link(path.resolve(), temporary)
-            except OSError:  # not every file system has links
-                shutil.copyfile(path, temporary)
-            os.replace(temporary, previous)
+        temporary = temporary_path(previous)
+        try:
+            with disk_errors(previous):
+                try:
+                    os.link(path.resolve(), temporary)
+                except OSError:  # not every file system has links
+                    shutil.copyfile(path, temporary)
+                os.replace(temporary, previous)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def save_tensors(path: Path, content: object) -> None:
-    """`torch.save`, atomically: through memory, so that a failing disk raises what `save_atomically` catches."""
+def serialized(content: object) -> memoryview:
+    """What `torch.save` writes, in memory, so that a failing disk raises what `save_atomically` catches."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    save_atomically(path, buffer.getbuffer())
+    return buffer.getbuffer()
 
 
 def history_path(checkpoint: Path) -> Path:
@@ -132,86 +151,3 @@ def history_path(checkpoint: Path) -> Path:
 def path_digest(path: str | os.PathLike) -> str:
     """The same for all ways to write a path, by which it is known again: a checkpoint need not tell where files lie."""
     return hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
-
-
-def outputs_of(path: Path, lists: Sequence[Path]) -> list[Path]:
-    """All that a run writes for a checkpoint of this name, and lists beside it."""
-    return [saved for each in (path, history_path(path), *lists) for saved in (each, backup_path(each))]
-
-
-def free_space(flag: str, path: Path, fix: str) -> int:
-    """The bytes that are free in the folder that a file is to be written in. Raises UserError where none can be."""
-    folder = path.resolve().parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return shutil.disk_usage(folder).free
-    except OSError as error:
-        why = f"can't write in {printable(path.parent)} ({os_reason(error)})"
-        raise UserError(f"{flag} {printable(path)}: {why}; {fix}") from None
-
-
-def check_outputs(outputs: Sequence[tuple[str, Path]], inputs: Iterable[str | bytes | os.PathLike]) -> None:
-    """Raises UserError where an output, a flag and a path, would replace another or an input, or is no regular file."""
-    there, written, named = {}, set(), {}
-    for flag, path in outputs:
-        given = named.setdefault(flag, path)  # its first output is the one that the user named
-        if path.resolve() in written:
-            both = f"{flag} {printable(given)}: {printable(path)}"
-            raise UserError(f"{both} is written by this run already; name another file")
-        written.add(path.resolve())
-        if path.exists():
-            if not path.is_file():
-                what = "is a directory; name a file" if path.is_dir() else "not a regular file; name another"
-                raise UserError(f"{flag} {printable(path)}: {what}")
-            info = path.stat()
-            there[info.st_dev, info.st_ino] = flag, path
-    for given in inputs if there else ():
-        with contextlib.suppress(OSError):  # what is not there can't be overwritten
-            info = os.stat(given)
-            if found := there.get((info.st_dev, info.st_ino)):
-                flag, path = found
-                raise UserError(f"{flag} {printable(path)}: is read by this run; name another file to write")
-
-
-def prepare_outputs(
-    out: Path,
-    size: int,
-    inputs: Iterable[str | bytes | os.PathLike],
-    *,
-    cache: Path | None = None,
-    audit: Path | None = None,
-    lists: Sequence[Path] = (),
-) -> None:
-    """Check that a checkpoint of so many bytes, an audit and lists can be saved there, over none of the inputs, and
-    features kept; sweep what a killed run left. Raises UserError.
-    """
-    name = printable(out)
-    if out.is_dir():
-        raise UserError(f"--out {name}: is a directory; name a file, such as {printable(out / 'best.pth')}")
-    if out.suffix == ".csv":
-        raise UserError(f"--out {name}: the .csv beside the checkpoint has this name; end it in .pth")
-    free = free_space("--out", out, "name another folder")
-    for saved in outputs_of(out, lists):
-        for stale in saved.resolve().parent.glob(f".{glob.escape(saved.resolve().name)}.*.tmp"):
-            with contextlib.suppress(OSError):
-                stale.unlink()
-    try:
-        if cache:
-            cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--cache {printable(cache)}: {os_reason(error)}; name a folder") from None
-    if free < (need := int(COPIES * size)):
-        raise UserError(f"--out {name}: disk full ({free >> 20} MB free, {need >> 20} needed); free some space")
-    outputs = [("--out", path) for path in outputs_of(out, lists)]
-    check_outputs([*outputs, *(page_outputs("--audit", audit) if audit else [])], inputs)
-
-
-def with_table(page: Path) -> list[Path]:
-    """A page, and the table that is written beside it."""
-    return [page, page.with_suffix(".csv")]
-
-
-def page_outputs(flag: str, page: Path, table: bool = True) -> list[tuple[str, Path]]:
-    """What a flag that names a page writes, for `check_outputs`. Raises UserError where its folder can't be written."""
-    free_space(flag, page, "name a file in another folder")
-    return [(flag, path) for path in (with_table(page) if table else [page])]

@@ -12,7 +12,7 @@ from transfer.data import Data
 from transfer.device import Compute
 from transfer.distributed import is_main_process
 from transfer.features import Splits
-from transfer.files import backup_path, history_path, path_digest, save_atomically
+from transfer.files import history_path, path_digest, save_atomically
 from transfer.flags import DEFAULT_LR
 from transfer.metrics import Metrics, wilson_interval
 from transfer.pretrained import Pretrained
@@ -40,7 +40,7 @@ def print_header(compute: Compute, pretrained: Pretrained, data: Data, history: 
         print(f"          {few}, {many}: --balance weighs all classes alike")
     print(f"best      epoch chosen on {data.chosen_on}", flush=True)
     if existing := describe_existing(history.checkpoint):
-        print(f"replaces  {existing}; kept as {printable(backup_path(history.checkpoint))}", flush=True)
+        print(f"replaces  {existing}", flush=True)
 
 
 def run_metadata(flags: dict, data: Data, pretrained: Pretrained, splits: Splits, *, compute: Compute) -> dict:

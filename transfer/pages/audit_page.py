@@ -9,7 +9,8 @@ from transfer.audit.findings import AuditSplit, Finding, save_findings
 from transfer.audit.label_errors import LabelQuality
 from transfer.audit.learning_curve import Curve
 from transfer.console import plural, printable
-from transfer.files import save_atomically, with_table
+from transfer.files import save_atomically
+from transfer.outputs import table_path
 from transfer.pages.html import (
     BOTTOM,
     HEIGHT,
@@ -202,7 +203,7 @@ def save_audit(path: Path, audit: Audit, classes: Sequence[str], model: Path) ->
         f'<div><p class="name">{name}</p><span class="big" id="{key}">{count:,}</span></div>'
         for name, key, count in figures
     )
-    _, table = with_table(path)
+    table = table_path(path, model)
     header = (
         f'<p class="eyebrow">Photo audit</p><h1>{lists}</h1><p class="lede">{len(audit.train.rows):,} training and '
         f"{len(audit.test.rows):,} test images of {len(classes):,} classes, checked with {escape(model)}’s network. "

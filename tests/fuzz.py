@@ -53,6 +53,7 @@ LIST_TOKENS = (
 )
 LIST_TOKENS += [b"\xff\xfe", b"\xa0"]
 PICKLE_TOKENS = [*(b"%c" % c for c in b"}])(.02NRbsuQ"), b"K\xff", b"J\xff\xff\xff\x7f", b"q\x01", b"h\x01", b"\x86"]
+JSON_TOKENS = [*(b"%c" % c for c in b'{}[]",:-.0129eE'), b'"BF16"', b"null", b"NaN", b"[" * 3000, b"9" * 30, b"\\ud800"]
 
 
 def image_files() -> list[bytes]:
@@ -170,6 +171,18 @@ def checkpoints() -> tuple:
     return [sound, sound, sound, members["weights/data.pkl"]], PICKLE_TOKENS, check
 
 
+def safetensors() -> tuple:
+    header = '{"conv1.weight":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},"n":{"dtype":"I64","shape":[],'
+    header = f'{header}"data_offsets":[24,32]}}}}'.encode()
+
+    def check(content: bytes) -> None:
+        Path("weights.pth").write_bytes(content)
+        with contextlib.suppress(UserError):
+            validate_state_dict(load_state(Path("weights.pth"))[0], Path("weights.pth"))
+
+    return [len(header).to_bytes(8, "little") + header + bytes(range(32))], JSON_TOKENS, check
+
+
 def kills() -> tuple:
     conftest.make_photos(Path(), per_class=1)
 
@@ -243,7 +256,14 @@ def train_for_ever(out: int, err: int) -> None:
     os._exit(1)
 
 
-KINDS = {"images": images, "lists": lists, "checkpoints": checkpoints, "kills": kills, "signals": signals}
+KINDS = {
+    "images": images,
+    "lists": lists,
+    "checkpoints": checkpoints,
+    "safetensors": safetensors,
+    "kills": kills,
+    "signals": signals,
+}
 
 
 def try_seed(kind: tuple, seed: int) -> None:

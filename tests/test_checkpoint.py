@@ -1,13 +1,19 @@
 """Weights: found or downloaded, untrusted, loaded in every usual form."""
 
+import contextlib
 import errno
 import io
+import json
 import os
 import pickle
 import re
+import shlex
 import struct
+import subprocess
+import sys
 import time
 import zipfile
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 
@@ -173,7 +179,7 @@ def marked_as_folder():
     return bytes(content)
 
 
-CODE = "not a weights file: it holds more than tensors; get it again from its source"
+CODE = "holds more than tensors, and to load it would run code of its own; only if you trust it: python -c .*"
 DAMAGED = "damaged, or not a weights file; get it again from its source"
 MISFIT = r"does not fit a ResNet-18: {}; give one made for resnet18"
 
@@ -349,7 +355,127 @@ def test_usual_forms_of_a_checkpoint_load_in_both_scripts(tmp_path, monkeypatch,
     assert load_backbone(tmp_path / "model.pth", "resnet18")["conv1.weight"].shape == (64, 3, 7, 7)
 
 
+def as_safetensors(state, **changes):
+    """A state dict as a safetensors file; changes: of the header's entries."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    names = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}
+    for key, value in state.items():
+        raw = value.contiguous().numpy().tobytes()
+        header[key] = {
+            "dtype": names[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
+        data += raw
+    for key, change in changes.items():
+        header[key.replace("__", ".")] |= change
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.mark.parametrize(
+    ("key", "prefix", "more"),
+    [
+        ("model_state_dict", "", {}),
+        ("net", "model.", {"criterion.weight": torch.zeros(2)}),
+        ("state_dict", "backbone.", {"projector.0.weight": torch.zeros(2, 2)}),
+        ("", "module.encoder_q.", {}),
+    ],
+)
+def test_a_state_dict_is_found_under_any_key_and_prefix(tmp_path, key, prefix, more):
+    state = {f"{prefix}{name}": value for name, value in tiny_resnet18().items()} | more
+    content = {key: state, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}, "epoch": 3} if key else state
+    assert predicted(tmp_path, pickled(content)) == (0, ["0", "1", "2"], "")
+    assert load_backbone(tmp_path / "model.pth", "resnet18").keys() == load_backbone(BUNDLED, "resnet18").keys()
+
+
+def test_of_several_networks_the_usual_one_counts_or_the_question_is_handed_back(tmp_path):
+    state, other = tiny_resnet18(), tiny_resnet18(classes=5)
+    assert predicted(tmp_path, pickled({"model_ema": other, "model": state}))[:2] == (0, ["0", "1", "2"])
+    for content, several in (
+        ({"student": state, "teacher": other}, "student, teacher"),
+        ({f"{side}.{key}": value for key, value in state.items() for side in "qk"}, r"k\., q\."),
+    ):
+        status, _, err = predicted(tmp_path, pickled(content))
+        assert status == 2 and re.search(
+            rf": holds several networks \({several}\); save the state dict of one with", err
+        )
+
+
+@pytest.mark.parametrize("head", ["fc.1.weight", "fc.0.bias"])
+def test_whatever_head_a_backbones_file_has_is_ignored(tmp_path, head):
+    state = {key: value for key, value in tiny_resnet18().items() if not key.startswith("fc.")} | {
+        head: torch.zeros(3, 4)
+    }
+    torch.save(state, tmp_path / "weights.pth")
+    assert load_backbone(tmp_path / "weights.pth", "resnet18").keys() == load_backbone(BUNDLED, "resnet18").keys()
+
+
+def test_a_model_with_one_output_is_refused_but_for_training_from_it(tmp_path):
+    status, _, err = predicted(tmp_path, pickled(tiny_resnet18(classes=1)))
+    assert status == 2 and ": has one output, for one class or a sigmoid, where each class needs its own; " in err
+    load_backbone(tmp_path / "model.pth", "resnet18")
+    ours = with_metadata({"format": 1, "classes": ["apple"]}, classes=1)  # as earlier versions trained them
+    assert predicted(tmp_path, pickled(ours))[:2] == (0, ["apple"])
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_safetensors_file_is_read(tmp_path, half):
+    state = {
+        key: value.half() if half and value.is_floating_point() else value for key, value in tiny_resnet18().items()
+    }
+    assert predicted(tmp_path, as_safetensors(state)) == (0, ["0", "1", "2"], "")
+    found = load_backbone(tmp_path / "model.pth", "resnet18")
+    assert all(torch.equal(found[key], state[key]) for key in found)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        as_safetensors({"a": torch.ones(3)})[:-1],
+        as_safetensors({"a": torch.ones(3)}) + b"1",
+        as_safetensors({"a": torch.ones(3)}, a={"shape": [4]}),
+        as_safetensors({"a": torch.ones(3)}, a={"shape": [-1, -3]}),
+        as_safetensors({"a": torch.ones(3)}, a={"shape": [3.0]}),
+        as_safetensors({"a": torch.ones(3)}, a={"dtype": "F99"}),
+        as_safetensors({"a": torch.ones(3)}, a={"shape": [1 << 40], "data_offsets": [0, 1 << 42]}),
+        as_safetensors({"a": torch.ones(2), "b": torch.ones(2)}, b={"data_offsets": [4, 12]}),
+        as_safetensors({"a": torch.ones(2), "b": torch.ones(2)}, b={"data_offsets": [12, 20]}),
+        struct.pack("<Q", 100) + b"{" * 100,
+        struct.pack("<Q", 100_000) + b'{"a":' + b"[" * 99_995,
+        struct.pack("<Q", 2) + b"{}x",
+        struct.pack("<Q", 8) + b'{"a": 1}',
+    ],
+    ids=range(13),
+)
+def test_a_safetensors_file_that_breaks_its_format_is_damaged(tmp_path, content):
+    (tmp_path / "weights").write_bytes(content)
+    with pytest.raises(UserError, match=DAMAGED):
+        load_checkpoint(tmp_path / "weights")
+
+
+@pytest.mark.parametrize("kind", ["a model", "with its arguments"])
+def test_the_printed_command_makes_a_plain_file_of_one_that_runs_code(tmp_path, kind):
+    model = get_model("resnet18", num_classes=3)
+    content = model if kind == "a model" else {"model": model.state_dict(), "args": Namespace(lr=1), "net": model.fc}
+    torch.save(content, tmp_path / "it's.pth")
+    with pytest.raises(UserError, match=CODE) as error:
+        load_checkpoint(tmp_path / "it's.pth")
+    _, command = str(error.value).split("only if you trust it: python ")
+    subprocess.run([sys.executable, *shlex.split(command)], check=True)
+    state = load_checkpoint(tmp_path / "it's.plain.pth")[0].state_dict()
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
 GOOD_METADATA = {"format": 1, "classes": ["a", "b", "c"], "accuracy": 0.5}
+
+
+def deeply_nested():
+    """3,000 lists in each other, more than Python prints."""
+    found = []
+    for _ in range(3000):
+        found = [found]
+    return found
 
 
 HOSTILE_METADATA = {
@@ -368,15 +494,27 @@ HOSTILE_METADATA = {
     "a tensor for a number": GOOD_METADATA | {"accuracy": torch.zeros(3)},
     "a number in words": GOOD_METADATA | {"accuracy": "0.5"},
     "a subclass": OrderedDict(GOOD_METADATA),
+    "flags in lists without end": GOOD_METADATA | {"recipe": {"lr": deeply_nested()}},
+    "flags by numbers": GOOD_METADATA | {"recipe": {1: 2}},
 }
 
 
 @pytest.mark.parametrize("kind", HOSTILE_METADATA)
 def test_malformed_metadata_is_ignored_with_a_warning(tmp_path, kind):
-    status, names, err = predicted(tmp_path, pickled(with_metadata(HOSTILE_METADATA[kind])))
+    with deep_recursion():  # to write it
+        content = pickled(with_metadata(HOSTILE_METADATA[kind]))
+    status, names, err = predicted(tmp_path, content)
     assert (status, names) == (0, ["0", "1", "2"])
     model = printable(tmp_path / "model.pth")
     assert err == f"warning: {model}: its class names and history are malformed; going on with class numbers\n"
+
+
+@contextlib.contextmanager
+def deep_recursion():
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    yield
+    sys.setrecursionlimit(limit)
 
 
 class Armed:

@@ -18,6 +18,8 @@ from transfer.metrics import Metrics
 WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FORMAT = 1  # of what `serialize` adds to a state dict
 METADATA_KEY = "train.py"  # its key in the state dict's _metadata, which a plain load_state_dict ignores
+STEM = "layer1.0.conv1.weight"  # which every ResNet has, and whose prefix is that of all its names
+USUAL_KEYS = ("model", "state_dict")  # where a file holds another network too, such as an average of its weights
 METADATA_TYPES = {
     "format": int,
     "classes": list,  # of their names, str
@@ -46,21 +48,57 @@ METADATA_TYPES = {
 def load_state(path: Path) -> tuple[dict[str, Tensor], object]:
     """A state dict from an untrusted file, under torchvision's names, and the metadata that `serialize` gave it.
 
-    Nested under `model` or `state_dict`, or prefixed by DataParallel or torch.compile, is fine.
-    Raises UserError as `load_untrusted` does, and where there is no state dict in it.
+    It may lie under any key, up to three dicts deep, and its names may share any prefix, as DataParallel, torch.compile
+    or a module around the ResNet give them: then what lacks it, but for a head named fc, is of other parts. Raises
+    UserError as `load_untrusted` does, and where there is no state dict in it, or no saying which.
     """
     name, found = printable(path), load_untrusted(path)
-    metadata = None
-    for _ in range(3):  # a checkpoint in a checkpoint is common, deeper nesting is not
-        if not isinstance(found, dict):
-            raise UserError(f"{name}: holds no state dict; save model.state_dict() with torch.save")
-        # dict's own methods here and below: a hostile OrderedDict may carry attributes by those names.
-        attached = vars(found).get("_metadata") if hasattr(found, "__dict__") else None
-        metadata = dict.get(attached, METADATA_KEY) if isinstance(attached, dict) else metadata
-        found = next((found[key] for key in ("model", "state_dict") if isinstance(dict.get(found, key), dict)), found)
+    if not isinstance(found, dict):
+        raise UserError(f"{name}: holds no state dict; save model.state_dict() with torch.save")
+    resnets = find_resnets(found)
+    if len(resnets) > 1:
+        usual = [(key, state) for key, state in resnets if key in USUAL_KEYS]
+        if len(usual) != 1:
+            several = first_three([printable(key)[:60] for key, _ in resnets])
+            raise UserError(f"{name}: holds several networks ({several}); save the state dict of one with torch.save")
+        resnets = usual
+    state = resnets[0][1] if resnets else found
+    # dict's own methods here and below: a hostile OrderedDict may carry attributes by those names.
+    attached = vars(state).get("_metadata") if hasattr(state, "__dict__") else None
+    metadata = dict.get(attached, METADATA_KEY) if isinstance(attached, dict) else None
+    state = without_wrappers(state)
+    prefixes = {key.removesuffix(STEM) for key in state if key.endswith(STEM)} - {""}
+    if len(prefixes) > 1:
+        several = first_three([printable(prefix)[:60] for prefix in sorted(prefixes)])
+        raise UserError(f"{name}: holds several networks ({several}); save the state dict of one with torch.save")
+    for prefix in prefixes:
+        state = {key.removeprefix(prefix): state[key] for key in state if key.startswith((prefix, "fc."))}
+    return state, metadata
+
+
+def without_wrappers(state: dict) -> dict[str, object]:
+    """A state dict without what DataParallel and torch.compile put into its names."""
     # Only names: whatever else a key is, printing it may fail.
-    items = {key if type(key) is str else type(key).__name__: value for key, value in dict.items(found)}
-    return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in items.items()}, metadata
+    items = {key if type(key) is str else type(key).__name__: value for key, value in dict.items(state)}
+    return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in items.items()}
+
+
+def find_resnets(found: dict) -> list[tuple[str, dict]]:
+    """The dicts that hold a ResNet's names, and the keys that they lie under."""
+    resnets, seen, level = [], set(), [("", found)]
+    for _ in range(4):  # a checkpoint in a checkpoint is common, deeper nesting is not
+        inner = []
+        for key, each in level:
+            if id(each) in seen:  # also what holds itself
+                continue
+            seen.add(id(each))
+            if any(name.endswith(STEM) for name in without_wrappers(each)):
+                resnets.append((key, each))
+            else:
+                items = [(name if type(name) is str else "", value) for name, value in dict.items(each)]
+                inner += [(name, value) for name, value in items if isinstance(value, dict)]
+        level = inner
+    return resnets
 
 
 def is_plain(value: object) -> bool:
@@ -110,9 +148,9 @@ def validate_state_dict(
 
 
 def load_backbone(path: Path, arch: str) -> dict[str, Tensor]:
-    """The state dict of a backbone from any file of this architecture, its head dropped. Raises UserError."""
-    _, state = validate_state_dict(load_state(path)[0], path, arch)
-    return {key: value for key, value in state.items() if not key.startswith("fc.")}
+    """The state dict of a backbone from any file of this architecture, whatever head it has. Raises UserError."""
+    state = {key: value for key, value in load_state(path)[0].items() if not key.startswith("fc.")}
+    return validate_state_dict(state, path, arch)[1]
 
 
 def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
@@ -124,11 +162,14 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
     arch, state = validate_state_dict(state, path)
     if "fc.weight" not in state:
         raise UserError(f"{printable(path)}: has no head (fc.weight); give the best.pth that train.py saved")
-    classes = len(state["fc.weight"])
+    classes, known = len(state["fc.weight"]), is_valid_metadata(metadata, len(state["fc.weight"]))
+    if classes == 1 and not known:
+        one = "has one output, for one class or a sigmoid, where each class needs its own"
+        raise UserError(f"{printable(path)}: {one}; train it with two outputs, or start from it by --weights")
     with torch.device("meta"):
         model = new_network(arch, classes)
     model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
-    if metadata is not None and not is_valid_metadata(metadata, classes):
+    if metadata is not None and not known:
         warn(f"{printable(path)}: its class names and history are malformed; going on with class numbers")
         metadata = None
     # Its weights show what it is, whatever the metadata say.
@@ -176,16 +217,18 @@ def is_valid_metadata(metadata: object, classes: int) -> bool:
         type(metadata[key]) is not METADATA_TYPES[key] for key in metadata if key in METADATA_TYPES
     ):
         return False
-    if metadata.get("size", IMAGE_SIZE) not in SIZES:
+    flags, names, lists = metadata.get("recipe", {}), metadata.get("classes", []), metadata.get("trained_lists", [])
+    if any(type(flag) is not str or type(value) not in (int, float, str, bool) for flag, value in flags.items()):
+        return False  # lists in lists without end could not even be printed
+    folders = metadata.get("folders", names)
+    if any(type(text) is not str for text in (*names, *folders, *lists)):
         return False
-    both = [metadata.get("classes", ()), metadata.get("folders", metadata.get("classes", ()))]
-    return metadata.get("format") == FORMAT and all(
-        len(names) == classes and all(type(name) is str for name in names) for names in both
-    )
+    fits = metadata.get("format") == FORMAT and metadata.get("size", IMAGE_SIZE) in SIZES
+    return fits and len(names) == len(folders) == classes
 
 
 def serialize(model: nn.Module, metadata: dict) -> memoryview:
-    """A plain torchvision state dict that carries `metadata` where only this project looks for it, as a file's bytes."""
+    """A plain torchvision state dict, as a file's bytes; only this project looks where it carries the metadata."""
     state = model.state_dict()
     for key, value in state.items():
         state[key] = value.detach().cpu().contiguous()

@@ -4,9 +4,11 @@ import contextlib
 import errno
 import hashlib
 import io
+import json
 import os
 import pickle
 import secrets
+import shlex
 import shutil
 import socket
 import stat
@@ -17,6 +19,7 @@ from pathlib import Path
 import torch
 
 from transfer.console import UserError, os_reason, printable
+from transfer.safetensors import is_safetensors, load_safetensors
 
 
 def open_regular(path: str | bytes | os.PathLike) -> io.BufferedReader:
@@ -31,7 +34,8 @@ class MappingError(UserError):
 
 
 def load_untrusted(path: Path, mmap: bool = False, check: bool = True) -> object:
-    """What torch.save wrote: tensors and plain values. Raises UserError where it is damaged or holds more.
+    """What torch.save wrote, tensors and plain values, or a safetensors file's tensors. Raises UserError where it is
+    damaged or holds more.
 
     mmap: map the tensors into memory, which only reads what is asked for; check: read all of it for its checksums.
     """
@@ -42,6 +46,9 @@ def load_untrusted(path: Path, mmap: bool = False, check: bool = True) -> object
         raise UserError(f"{name}: {os_reason(error)}; name a file of weights") from None
     try:
         with file:
+            head, size = file.read(9), os.fstat(file.fileno()).st_size
+            if is_safetensors(head, size):
+                return load_safetensors(path)
             if check and zipfile.is_zipfile(file):
                 check_zip(file)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -49,9 +56,25 @@ def load_untrusted(path: Path, mmap: bool = False, check: bool = True) -> object
         if mmap and os.strerror(errno.ENOMEM) in str(error):
             limit = "no memory left, or more files mapped than vm.max_map_count allows"
             raise MappingError(f"{name}: {limit}; raise that limit (sysctl -w vm.max_map_count=262144)") from None
-        code = isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower()
-        reason = "not a weights file: it holds more than tensors" if code else "damaged, or not a weights file"
-        raise UserError(f"{name}: {reason}; get it again from its source") from None
+        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
+            code = "holds more than tensors, and to load it would run code of its own"
+            raise UserError(f"{name}: {code}; only if you trust it: {plain_copy_command(path)}") from None
+        raise UserError(f"{name}: damaged, or not a weights file; get it again from its source") from None
+
+
+def plain_copy_command(path: Path) -> str:
+    """The command that runs a file's code and saves its tensors, in dicts as they were, as a file that has none."""
+    copy = path.with_name(f"{path.stem}.plain.pth")
+    tensors = "m if isinstance(m, torch.Tensor) else {k: plain(v) for k, v in names(m) if isinstance(v, kinds)}"
+    lines = (
+        "import torch",
+        "kinds = (dict, torch.Tensor, torch.nn.Module)",
+        'names = lambda m: (m.state_dict() if hasattr(m, "state_dict") else m).items()',
+        f"plain = lambda m: {tensors}",
+        f'm = torch.load({json.dumps(str(path))}, "cpu", weights_only=False)',
+        f"torch.save(plain(m), {json.dumps(str(copy))})",
+    )
+    return shlex.join(["python", "-c", "; ".join(lines)])
 
 
 def check_zip(file: io.BufferedIOBase) -> None:

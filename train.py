@@ -93,8 +93,7 @@ def make_transforms(size: int) -> Transforms:
 def draw_views(image: Image.Image, views: Sequence[int], seed: int, *, size: int = IMAGE_SIZE) -> Tensor:
     """The views of one image, by number: uint8 (V, size, size, 3).
 
-    A random view depends on (seed, pixels, view) alone: not on workers, batches, or the image's name or place in a
-    list.
+    A random view depends on (seed, pixels, view) alone: not on workers, batches, or the image's place in a list.
     """
     drawn, evaluation, resized, transforms = [], None, None, make_transforms(size)
     for view in views:
@@ -354,10 +353,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Everything that can be checked is, before the first expensive step.
     compute = pick_compute(args.device, args.precision, args.workers, training=args.finetune_epochs > 0)
     data = load_data(args.train, args.test, args.root, args.classes, val_split=args.val_split, out=args.out)
-    size, inputs = checkpoint_bytes(args.arch, len(data.classes)), data.inputs(args.weights)
-    prepare_outputs(
-        args.out, size, inputs, cache=args.cache, audit=args.audit, lists=data.split_paths, reads=data.files
-    )
+    size, reads = checkpoint_bytes(args.arch, len(data.classes)), data.inputs(args.weights)
+    prepare_outputs(args.out, size, reads, cache=args.cache, audit=args.audit, lists=data.split_paths, roots=data.files)
     init_distributed()
     pretrained = load_pretrained(args.weights, args.arch)
     history = History(args.out, "val" if args.val_split else "test", args.balance)

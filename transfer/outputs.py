@@ -119,10 +119,10 @@ def prepare_outputs(
     cache: Path | None = None,
     audit: Path | None = None,
     lists: Sequence[Path] = (),
-    reads: Sequence[Path] = (),
+    roots: Sequence[Path] = (),
 ) -> None:
     """Check that a checkpoint of so many bytes, an audit and lists can be saved there, over none of the inputs, and
-    features kept, in none of the folders that it reads; sweep what killed runs left. Raises UserError.
+    features kept, in none of the folders that it reads (roots); sweep what killed runs left. Raises UserError.
     """
     name = printable(out)
     if out.is_dir():
@@ -137,7 +137,7 @@ def prepare_outputs(
     for output in outputs:
         sweep(output.path.resolve().parent, f".{glob.escape(output.path.resolve().name)}.*.tmp")
     if cache:
-        prepare_cache(cache, reads)
+        prepare_cache(cache, roots)
     if free < (need := int(COPIES * size)):
         raise UserError(f"--out {name}: disk full ({free >> 20} MB free, {need >> 20} needed); free some space")
     check_outputs(outputs, inputs)

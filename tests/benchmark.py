@@ -4,6 +4,7 @@
     python tests/benchmark.py --only accuracy gain   # 3 seeds of 20 plain epochs each: about half an hour
     python tests/benchmark.py views                  # what the head should train on: a table of its own
     python tests/benchmark.py labels                 # how well an audit finds wrong labels: another
+    python tests/benchmark.py real --data FOLDER     # on a real ImageNet backbone: see benchmark_real.py
 
 What is compared alternates within one run; medians are quoted. The plain loop runs --plain-epochs epochs and is
 scaled to 20, since its epochs cost the same.
@@ -681,6 +682,12 @@ def describe_machine() -> str:
     )
 
 
+def compare_real(*arguments: str) -> None:
+    import benchmark_real  # which imports torch
+
+    benchmark_real.main(*arguments)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=ROWS, help="these rows alone")
@@ -706,7 +713,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     inner = {"plain": plain_loop, "pass": pass_rates, "list": parse_list, "views": compare_views}
-    inner |= {"labels": compare_labels, "nearest": find_nearest}
+    inner |= {"labels": compare_labels, "nearest": find_nearest, "real": compare_real}
     if sys.argv[1:2] and sys.argv[1] in inner:
         inner[sys.argv[1]](*sys.argv[2:])
     else:

@@ -84,7 +84,7 @@ def test_of_the_held_out_images_none_is_trained_on_also_with_a_validation_split_
         patch.setattr(train, "train_head", spy)
         out = go("--train", "photos", "--epochs", 1, "--val-split", 0.25, "--finetune-epochs", 1, "--cache", "kept")
         held = len(read_list(Path("best.test.txt"), Path())[0])
-        assert re.search(r"^test      accuracy [\d.]+%, scored once$", out, re.MULTILINE)
+        assert re.search(r"^test      accuracy \d+% of \d+ photos \(.*\), scored once$", out, re.MULTILINE)
         go("--train", "best.test.txt", "--test", "best.train.txt", "--epochs", 1, "--out", "o.pth")
     trained, tested = seen
     assert len(tested) == held

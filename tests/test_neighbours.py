@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import growth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,3 +25,9 @@ def test_the_nearest_are_those_that_all_distances_give(queries, keys, views, its
     wanted = expected.sort(1).values[:, : min(8, len(keys) - itself)]
     assert torch.allclose(distances.double(), wanted, atol=1e-3)
     assert torch.allclose(expected.gather(1, rows), wanted, atol=1e-3)
+
+
+def test_the_memory_of_the_search_does_not_grow_with_the_keys():
+    queries = torch.randn(8, 512)
+    few, many = (torch.randn(count, 2, 512) for count in (4096, 40_960))  # 17 and 168 MB
+    assert growth(lambda: nearest(queries, many)) - growth(lambda: nearest(queries, few)) < 40 << 20

@@ -4,6 +4,7 @@ import pytest
 import torch
 from benchmark import swapped
 from cleanlab.rank import get_label_quality_scores
+from conftest import growth
 from sklearn.metrics import average_precision_score
 
 from transfer.audit import label_errors
@@ -113,3 +114,14 @@ def test_of_a_long_list_sorted_by_class_all_parts_have_a_say(monkeypatch):
     part = score_labels(logits, labels)
     assert part.noise_rate == pytest.approx(whole.noise_rate, abs=0.04) and whole.noise_rate > 0.1
     assert torch.allclose(part.confidence, whole.confidence, atol=0.1)
+
+
+def test_of_many_classes_one_table_of_logits_is_all_that_is_kept(monkeypatch):
+    count, features, labels = 24_000, torch.randn(24_000, 1, 16), torch.arange(24_000) % 1000
+    heads = torch.randn(16, 10 * 1000), torch.zeros(10 * 1000)
+    monkeypatch.setattr("transfer.crossval.train_fold_heads", lambda *_, **__: heads)
+    monkeypatch.setattr(label_errors, "MAX_LOGITS", 100_000)
+    work = lambda: score_labels_out_of_fold(  # noqa: E731
+        features, labels, torch.arange(count), num_classes=1000, lrs=[0.005], batch_size=64
+    )
+    assert growth(work) < 2.5 * 4 * count * 1000  # four tables and more where rounds are added and divided as a whole

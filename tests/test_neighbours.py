@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import growth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,3 +43,9 @@ def test_through_cells_nearly_all_of_the_nearest_are_found(monkeypatch):
     assert found > 0.95 and not (rows == torch.arange(len(keys))[:, None]).any()
     assert torch.allclose(distances[rows == exact], exact_distances[rows == exact], atol=1e-3)
     assert torch.equal(rows, nearest(keys, keys[:, None], True)[1])  # drawn by seed
+
+
+def test_the_memory_of_the_search_does_not_grow_with_the_keys():
+    queries = torch.randn(8, 512)
+    few, many = (torch.randn(count, 2, 512) for count in (4096, 40_960))  # 17 and 168 MB
+    assert growth(lambda: nearest(queries, many)) - growth(lambda: nearest(queries, few)) < 40 << 20

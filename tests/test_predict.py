@@ -118,13 +118,11 @@ def test_labels_beyond_the_models_classes_are_an_error_that_names_the_line(model
     ]
 
 
-@pytest.mark.parametrize("flags", [("--report", "report.html"), ("--format", "table"), ("--labelled",)], ids=str)
+@pytest.mark.parametrize("flags", [("--report", "report.html"), ("--format", "table")], ids=str)
 @pytest.mark.parametrize("images", [["red.png"], ["list.txt", "red.png"], ["."], ["-"]], ids=str)
 def test_what_needs_labels_is_an_error_before_any_work_without_them(model, monkeypatch, images, flags):
     monkeypatch.setattr(predict, "load", lambda *args: pytest.fail("worked first"))
     Path("list.txt").write_text("green.png 1\n")
-    if images == ["."] and flags == ("--labelled",):
-        pytest.skip("a folder without class folders is named as such")
     out, err = answer(*images, *flags, status=2)
     flag = "--format table" if flags[0] == "--format" else flags[0]
     assert out == "" and err.startswith(f"error: {flag}: needs labels; give lists") and err.count("\n") == 1

@@ -152,7 +152,7 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("output").add_argument
     add("--top-k", type=int_at_least(1), default=3, metavar="K", help="classes named for each image")
     add("--min-prob", type=open_unit_float, metavar="P", help="below this an image is named unknown")
-    what = "rows as text, csv, json, or table: none (text, table with --report)"
+    what = "text, csv, json, or table: no rows (so with --report)"
     add("--format", choices=("text", "csv", "json", "table"), metavar="NAME", help=what)
     add("--report", type=Path, metavar="FILE", help="page of the mistakes, where labels are known")
     add = parser.add_argument_group("running").add_argument

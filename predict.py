@@ -33,7 +33,7 @@ from transfer.checkpoint import load_checkpoint
 from transfer.console import Progress, UserError, one_line_errors, printable
 from transfer.device import Compute, pick_compute
 from transfer.files import history_path
-from transfer.images import ImageError, as_rgb, read_image, upright
+from transfer.images import GREY_BITS, ImageError, as_rgb, read_image, upright
 from transfer.lists import ImageList
 from transfer.metrics import ClassificationScores, ScoredImage, classification_report, likeliest
 from transfer.outputs import check_outputs, page_outputs
@@ -58,6 +58,15 @@ class Classifier:
     def size(self) -> int:
         """Of an image's sides, in pixels, as it was trained."""
         return self.metadata.get("size", IMAGE_SIZE)
+
+    @property
+    def grey_bits(self) -> int:
+        """Of 16-bit greyscale, from black to white, as in training."""
+        return self.metadata.get("grey_bits", GREY_BITS)
+
+    def dataset(self, image_list: ImageList | PathRows) -> ImageDataset:
+        """Images as this model takes them."""
+        return ImageDataset(image_list, self.views, 0, self.size, grey_bits=self.grey_bits)
 
 
 def load(
@@ -94,7 +103,8 @@ def predict(classifier: Classifier, images: Sequence[str | os.PathLike | Image.I
     named = []
     for image in images:
         # A copy, since `upright` turns the image itself, and this one is the caller's.
-        image = as_rgb(upright(image.copy())) if isinstance(image, Image.Image) else read_image(image)
+        bits = classifier.grey_bits
+        image = as_rgb(upright(image.copy()), bits) if isinstance(image, Image.Image) else read_image(image, bits)
         views = draw_views(image, classifier.views, 0, size=classifier.size)
         features = embed(classifier.backbone, views, classifier.compute)
         probs = probabilities(classifier, features)
@@ -110,7 +120,7 @@ def predict_images(
 ) -> Iterator[tuple[bytes, int | None, Tensor | str]]:
     """Each image's path, its label where it has one, and its probabilities (C,) or the reason why there are none."""
     compute = classifier.compute if len(image_list) > batch_size else replace(classifier.compute, workers=0)
-    dataset, views = ImageDataset(image_list, classifier.views, 0, classifier.size), len(classifier.views)
+    dataset, views = classifier.dataset(image_list), len(classifier.views)
     batches = embed_dataset(
         classifier.backbone,
         dataset,
@@ -130,7 +140,7 @@ def predict_stdin(classifier: Classifier, batch_size: int) -> Iterator[tuple[byt
 
     Raises UserError (status 1) where standard input can't be read as lines.
     """
-    paths, dataset = StdinPaths(batch_size), ImageDataset(PathRows(), classifier.views, 0, classifier.size)
+    paths, dataset = StdinPaths(batch_size), classifier.dataset(PathRows())
     for few, workers in ((True, 0), (False, classifier.compute.workers)):  # they start once they pay, and stay
         if not few and not paths.pending:
             return

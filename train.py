@@ -49,10 +49,10 @@ from transfer.crossval import cross_val_logits, group_split
 from transfer.data import Data, hold_out_test, load_data, split_lists
 from transfer.device import Compute, pick_compute
 from transfer.distributed import broadcast, end_distributed, gather, init_distributed, is_main_process, on_main_process
-from transfer.features import Split, Splits, extract_features, warn_on_leakage
+from transfer.features import Split, Splits, extract_features, warn_on_flat_images, warn_on_leakage
 from transfer.finetune import prepare_finetuning, unwrap
 from transfer.history import History, print_header, print_next, print_result, run_metadata
-from transfer.images import ImageError, read_image
+from transfer.images import GREY_BITS, ImageError, read_image
 from transfer.lists import ImageList
 from transfer.metrics import MetricMeter, Metrics, class_weights
 from transfer.outputs import prepare_outputs
@@ -113,7 +113,8 @@ def draw_views(image: Image.Image, views: Sequence[int], seed: int, *, size: int
 class ImageDataset(Dataset):
     """Image i of a list as (i, its views), or as (i, the reason) where it can't be read.
 
-    size: of a view's sides, in pixels; one_view_each: one view of each image, the next of them with each next image.
+    size: of a view's sides, in pixels; one_view_each: one view of each image, the next of them with each next image;
+    grey_bits: see `read_image`.
     """
 
     image_list: ImageList
@@ -121,6 +122,7 @@ class ImageDataset(Dataset):
     seed: int
     size: int = IMAGE_SIZE
     one_view_each: bool = False
+    grey_bits: int = GREY_BITS
 
     def __len__(self) -> int:
         return len(self.image_list)
@@ -128,39 +130,40 @@ class ImageDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
         views = [self.views[index % len(self.views)]] if self.one_view_each else self.views
         try:
-            image = read_image(self.image_list.path(index))
+            image = read_image(self.image_list.path(index), self.grey_bits)
             return index, draw_views(image, views, self.seed, size=self.size)
         except ImageError as error:
             return index, error.args[0]
 
     def describe(self) -> list[str]:
         """What the views depend on, in words: part of the name under which their features are kept."""
-        return [*map(str, make_transforms(self.size)), hflip.__name__]
+        return [*map(str, make_transforms(self.size)), hflip.__name__, str(self.grey_bits)]
 
 
 def extract_splits(
     model: nn.Module, data: Data, hparams: Hyperparameters, compute: Compute, *, cache: Path | None
 ) -> Splits:
     """Pass every image through the frozen backbone once, and divide what is kept."""
-    backbone, seed, test = inference_copy(Backbone(model), compute), hparams.view_seed, None
-    if data.test:  # first, since no image in it may be unreadable: one that is ends the run before the longer pass
-        dataset = ImageDataset(data.test, [0], seed, hparams.size)
-        test = Split(dataset, extract_features(backbone, dataset, compute=compute, cache=cache))
-    dataset, max_unreadable = (
-        ImageDataset(data.train, range(hparams.views), seed, hparams.size),
-        max(1, len(data.train) // 100),
-    )
-    features = extract_features(backbone, dataset, compute=compute, cache=cache, max_unreadable=max_unreadable)
-    trainval = Split(dataset, features)
+    backbone, seed = inference_copy(Backbone(model), compute), hparams.view_seed
+
+    def extract(image_list: ImageList, views: Sequence[int] = (0,), max_unreadable: int = 0) -> Split:
+        dataset = ImageDataset(image_list, views, seed, hparams.size, grey_bits=data.grey_bits)
+        features = extract_features(backbone, dataset, compute=compute, cache=cache, max_unreadable=max_unreadable)
+        return Split(dataset, features)
+
+    # First those in which no image may be unreadable: one that is ends the run before the longer pass.
+    test, val = data.test and extract(data.test), data.val and extract(data.val)
+    trainval = extract(data.train, range(hparams.views), max(1, len(data.train) // 100))
+    warn_on_flat_images(trainval)
+    for named in filter(None, (test, val)):
+        warn_on_leakage(trainval, named)
     if test is None:
         trainval, test = hold_out_test(trainval, data.split_paths, seed)
-    else:
-        warn_on_leakage(trainval, test)
-    train, val = trainval, test
+    train = trainval
     if hparams.val_split:
         spare = "--val-split: each class is a single scene, none to spare; leave it out"
         train, val = group_split(trainval, hparams.val_split, seed, spare)
-    return Splits(trainval, train, val, test)
+    return Splits(trainval, train, val or test, test)
 
 
 # Model
@@ -293,10 +296,7 @@ def fine_tune(
 
 
 def best_val_logits(model: nn.Module, finetuned: Training | None, val: Split) -> tuple[Tensor, Tensor] | None:
-    """Logits (N, C) and labels (N,) of the images that chose the best epoch; of all ranks, on rank 0 alone.
-
-    finetuned: None where the best epoch is the head's.
-    """
+    """Logits (N, C) and labels (N,) of the images that chose the best epoch; of all ranks, on rank 0 alone."""
     every = math.ceil(len(val.features.rows) / MAX_IMAGES)
     if finetuned:  # each rank has images of its own
         shares = gather(collect_logits(unwrap(finetuned.network), finetuned.loaders.val, every))
@@ -305,10 +305,7 @@ def best_val_logits(model: nn.Module, finetuned: Training | None, val: Split) ->
 
 
 def retrain_head(head: nn.Linear, trainval: Split, hparams: Hyperparameters, lrs: Sequence[float]) -> None:
-    """Train a head anew on all training images, those that chose its epochs too, at the learning rates it had.
-
-    Measured on five sets: 1.3 points more on the test list than the head that has not seen a fifth of the images.
-    """
+    """Train a head anew on all training images, those that chose its epochs too, at the learning rates it had."""
     torch.manual_seed(hparams.seed)
     head.load_state_dict(nn.Linear(head.in_features, head.out_features).state_dict())
     criterion, optimizer = (
@@ -331,7 +328,7 @@ def calibrate_best(
     """Divide the head by the temperature that fits the best epoch, and return that."""
     logits = None
     # A validation split's images are few to fit a number on, and the head has now been trained on them.
-    if splits.val is not splits.test and history.best_epoch <= hparams.epochs:
+    if hparams.val_split and history.best_epoch <= hparams.epochs:
         logits = cross_val_logits(splits.trainval.features, history.lrs(), hparams)
     return calibrate(model.fc, *(logits or val_logits))
 
@@ -357,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_outputs(args.out, size, reads, cache=args.cache, audit=args.audit, lists=data.split_paths, roots=data.files)
     init_distributed()
     pretrained = load_pretrained(args.weights, args.arch)
-    history = History(args.out, "val" if args.val_split else "test", args.balance)
+    history = History(args.out, "val" if args.val_split or data.val else "test", args.balance)
     print_header(compute, pretrained, data, history, lr=args.lr)
 
     # Every image passes through the frozen backbone once, and its features are kept.
@@ -384,9 +381,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         temperature = calibrate_best(model, val_logits, splits, hparams, history=history)
         checkpointer.save(history.best_epoch, history.best, temperature)
         print_result(history, data, pretrained, start_time)
-        if args.val_split or args.audit:
-            test_loader = final_test_loader(model, finetuned, splits.test, compute)
-        if args.val_split:
+        scored_once = splits.val is not splits.test
+        test_loader = final_test_loader(model, finetuned, splits.test, compute) if scored_once or args.audit else None
+        if scored_once:
             print(f"test      {history.describe(evaluate(model.fc.cpu(), test_loader))}, scored once")
         if args.audit:
             logits, _ = collect_logits(model.fc.cpu(), test_loader)

@@ -355,9 +355,9 @@ def decoded(monkeypatch):
     """How often each image is decoded, by its file name."""
     counts, original = Counter(), read_image
 
-    def read_photo(path):
+    def read_photo(path, *rest):
         counts[os.path.basename(os.fsdecode(path))] += 1
-        return original(path)
+        return original(path, *rest)
 
     monkeypatch.setattr(train, "read_image", read_photo)
     return counts

@@ -43,6 +43,7 @@ from transfer.checkpoint import (  # noqa: E402
 from transfer.console import UserError  # noqa: E402
 from transfer.data import load_data  # noqa: E402
 from transfer.images import ImageError, read_image  # noqa: E402
+from transfer.lists import read_list  # noqa: E402
 from transfer.metrics import Metrics  # noqa: E402
 
 HANG, MEMORY = 30, 1 << 30  # seconds an input, and bytes above start-up
@@ -78,6 +79,9 @@ def image_files() -> list[bytes]:
     save("AVIF", "L RGB RGBA")
     save("BMP", "1 L P RGB RGBA")
     save("TIFF", "1 L LA P RGB RGBA CMYK I F")
+    save("PPM", "1 L RGB I;16")
+    files.append(io.BytesIO(b"P2 2 2 4095 0 17 4000 4095\n"))
+    files.append(io.BytesIO(b"P5 3 2 999\n" + bytes(range(12))))
     save("TIFF", "1", compression="group4")
     for compression in ("tiff_lzw", "tiff_deflate", "packbits", "jpeg"):
         save("TIFF", "RGB", compression=compression)
@@ -143,6 +147,28 @@ def lists() -> tuple:
                 assert (path, label) == (listed.strip().removeprefix(b"./"), int(number)) and os.path.isfile(path)
 
     return [lines], LIST_TOKENS, check
+
+
+def labels() -> tuple:
+    """Lists and tables whose labels are numbers or names, or that have none."""
+    files = [b"a.png apple\nb c.png pear\n./d.png apple\n", b"a.png\nb c.png\n# a comment\n./d.png\n"]
+    files += [b'path,label\na.png,apple\n"b, c.png",red pear\n', b"id;filename;class\r\n1;a.png;0\r\n2;b.png;7\r\n"]
+
+    def check(content: bytes) -> None:
+        for name, check_files in itertools.product(("list.txt", "list.csv"), (True, False)):
+            Path(name).write_bytes(content)
+            with contextlib.suppress(UserError), contextlib.redirect_stderr(io.StringIO()):
+                found, problems = read_list(Path(name), Path(), check_files)
+                assert all("\n" not in problem for problem in problems) and (len(found) or problems)
+                assert (
+                    problems
+                    or not found.classes
+                    or len(set(found.classes)) == len(found.classes) == int(found.labels.max()) + 1
+                )
+                for image in found.each_path():
+                    assert image in content or b'"' in content or not image.isascii()
+
+    return files, LIST_TOKENS, check
 
 
 def checkpoints() -> tuple:
@@ -259,6 +285,7 @@ def train_for_ever(out: int, err: int) -> None:
 KINDS = {
     "images": images,
     "lists": lists,
+    "labels": labels,
     "checkpoints": checkpoints,
     "safetensors": safetensors,
     "kills": kills,

@@ -173,6 +173,15 @@ def test_the_samples_curve_rises_to_the_cross_validated_accuracy(clean):
     assert means[-1] < sum(clean.curve.doubled()) / 3 < 0.8
 
 
+def test_a_split_is_audited_by_its_readable_images_in_two_views(tmp_path):
+    image_list = ImageList("list.txt", [b"a.png", b"b.png", b"c.png"], [0, 1, 1], [4, 5, 7])
+    numbers = 10 * torch.arange(3.0)[:, None, None] + torch.arange(3)[None, :, None]
+    features = Features([numbers.expand(-1, -1, 8)], 3, image_list.labels, {1: "damaged"})
+    split = AuditSplit.from_split(Split(train.ImageDataset(image_list, range(3), 0), features))
+    assert split.features[:, :, 0].tolist() == [[0, 1], [20, 21]] and split.labels.tolist() == [0, 1]
+    assert list(split.dataset.views) == [0] and (split.path(1), split.line(1)) == (b"c.png", 7)
+
+
 # As a user asks for it
 
 

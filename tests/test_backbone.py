@@ -124,12 +124,12 @@ def test_a_dead_worker_gets_a_warning_and_the_run_goes_on(trained, monkeypatch, 
     Path("best.csv").rename("expected.csv")
     parent, read = os.getpid(), read_image
 
-    def dying(path):
+    def dying(path, *rest):
         if os.getpid() != parent and b"green" in path:
             if death == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
-        return read(path)
+        return read(path, *rest)
 
     monkeypatch.setattr(train, "read_image", dying)
     monkeypatch.setitem(PASS_BATCH, "cpu", 3)
@@ -226,7 +226,7 @@ def test_a_worker_whose_results_cannot_be_sent_dies_and_the_run_goes_on(trained,
 
 @pytest.mark.usefixtures("impatient")
 def test_a_bug_in_a_worker_is_a_traceback_and_no_death(trained, monkeypatch, capfd):
-    monkeypatch.setattr(train, "read_image", lambda path: {}["a bug"])
+    monkeypatch.setattr(train, "read_image", lambda *_: {}["a bug"])
     with pytest.raises(KeyError, match="a bug"):
         trained("--workers", 2)
     assert "died" not in capfd.readouterr().err

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import predict
 import train
-from transfer.calibration import calibrate, collect_logits, fit_temperature
+from transfer.calibration import bisect, calibrate, collect_logits, fit_temperature
 from transfer.checkpoint import load_checkpoint
 from transfer.features import Features, Split
 from transfer.metrics import calibration_bins
@@ -40,6 +40,14 @@ def test_no_other_temperature_has_a_smaller_loss(scale, seed):
     loss = lambda each: F.cross_entropy(logits / each, labels).item()  # noqa: E731
     for other in (found * 1.02, found / 1.02):
         assert loss(found) <= loss(min(10, max(1 / 4, other))) + 1e-6
+
+
+def test_bisection_ends_a_trillionth_of_the_bounds_from_the_number():
+    for number in (0.3, 2.5):
+        low, high = bisect(lambda middle, number=number: middle < number, 0.0, 4.0)
+        assert low <= number <= high and high - low == 4 / 2**40
+        low, high = bisect(lambda middle, number=number: middle < number, 1e-6, 1e6, geometric=True)
+        assert low <= number <= high < low * (1 + 1e-10)  # as exact, however small the number
 
 
 def test_where_all_is_right_the_temperature_stays_within_reason():

@@ -286,6 +286,9 @@ def within_itself():
     return found
 
 
+HEADS_ALONE = ("repeated into terabytes", "another class count", "another width")  # unsound: --weights ignores heads
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_file_that_is_no_sound_resnet_is_refused_by_both_scripts(colours, kind):
@@ -298,11 +301,12 @@ def test_a_file_that_is_no_sound_resnet_is_refused_by_both_scripts(colours, kind
         Path("bad.pth").write_bytes(make())
     before = sorted(os.listdir())
     began = time.perf_counter()
-    for main, *args in ((train.main, "--weights", "bad.pth"), (predict.main, "red/test_0.png", "--model", "bad.pth")):
+    scripts = [(train.main, "--weights", "bad.pth"), (predict.main, "red/test_0.png", "--model", "bad.pth")]
+    for main, *args in scripts[kind in HEADS_ALONE :]:
         status, out, err = run_main(main, *args)
         assert (status, out) == (2, "")
         assert re.fullmatch(rf"error: bad\.pth: {reason}\n", err), err
-        assert "weights_only" not in err and err.removesuffix("\n").isprintable()
+        assert ("weights_only" in err) == ("trust" in err) and err.removesuffix("\n").isprintable()
     assert time.perf_counter() - began < 10
     assert sorted(os.listdir()) == before, "the code ran, or something was written"
 

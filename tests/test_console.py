@@ -50,10 +50,10 @@ sys.path.insert(0, sys.argv.pop(1))
 import train
 read = train.read_image
 
-def slow(path):
+def slow(path, *rest):
     open(f"{sys.argv[-1]}.{os.getpid()}", "w").close()
     time.sleep(0.2)
-    return read(path)
+    return read(path, *rest)
 
 train.read_image = slow
 train.main(sys.argv[1:])

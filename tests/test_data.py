@@ -123,6 +123,106 @@ def test_a_test_list_beside_another_training_list_counts_where_its_labels_lie_in
     assert load(Path("lists/mine.txt")).test is None
 
 
+def test_a_list_that_is_called_test_txt_does_not_test_on_itself(photos):
+    Path("test.txt").write_text("".join(f"photos/{c}/{n}.png {c}\n" for c in ("red", "blue") for n in (5, 6)))
+    data = load(Path("test.txt"))
+    assert data.test is None and data.split_paths == [Path("best.train.txt"), Path("best.test.txt")]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "it is not such a list"),
+        (b"Notes on the test: bring two cables\n", "its classes do not have the same folders"),
+        (b"caf\xe9\n", "it is not such a list"),
+        (b"a/images/none.png 0\n", "its classes do not have the same folders"),
+        (b"photos/red/7.png 7\n", "its classes do not have the same folders"),
+    ],
+)
+def test_an_unrelated_test_list_beside_another_training_list_is_left_out_and_named(photos, content, why, capsys):
+    for colour in ("red", "blue"):
+        os.makedirs(f"{colour}/images")
+        for number in range(2):
+            os.link(f"photos/{colour}/{number + 5}.png", f"{colour}/images/{number}.png")
+    Path("mine.txt").write_text(
+        "".join(f"{c}/images/{n}.png {i}\n" for i, c in enumerate(("red", "blue")) for n in (0, 1))
+    )
+    Path("test.txt").write_bytes(content)
+    assert load(Path("mine.txt")).test is None
+    assert capsys.readouterr().err == f"warning: test.txt is not used: {why}; give --test test.txt to test on it\n"
+
+
+# A folder that is already split
+
+
+@pytest.fixture
+def split(tmp_path, monkeypatch):
+    """A function that makes d/PART/{red,green} for some parts, in a working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(*parts):
+        for place, part in enumerate(parts):
+            for colour in ("red", "green"):
+                for number in range(4):
+                    save_photo(f"d/{part}/{colour}/{number}.png", colour, 9 * place + 2 * number)
+
+    return make
+
+
+@pytest.mark.parametrize(("parts", "test"), [(("train", "val"), "val"), (("Training", "test"), "test")])
+def test_a_folder_that_is_already_split_is_trained_and_tested_on_as_it_says(split, quick, parts, test):
+    split(*parts)
+    Path("d/read me.txt").touch()
+    out = go("--train", "d", "--epochs", 1)
+    assert "data      8 training and 8 test images of 2 classes\n" in out
+    assert f"          d is split already: {parts[0]} is trained on, {test} tests\n" in out
+    assert f"best      epoch chosen on d/{test}\n" in out and not Path("best.test.txt").exists()
+    assert load_checkpoint(Path("best.pth"))[1]["classes"] == ["green", "red"]
+
+
+def test_where_a_folder_holds_both_val_chooses_the_epoch_and_test_is_scored_once(split, tiny, monkeypatch):
+    split("train", "val", "test")
+    chosen = []
+    original = train.train_head
+
+    def spy(head, criterion, splits, *args, **options):
+        chosen.append(splits.val.dataset.image_list.path(0))
+        return original(head, criterion, splits, *args, **options)
+
+    monkeypatch.setattr(train, "train_head", spy)
+    out = go("--train", "d", "--epochs", 1, "--finetune-epochs", 1, "--audit", "audit.html")
+    assert "data      8 training, 8 validation and 8 test images of 2 classes\n" in out
+    assert "d is split already: train is trained on, val chooses the epoch, test tests\n" in out
+    assert "best      epoch chosen on d/val\n" in out and chosen == [b"d/val/green/0.png"]
+    assert re.search(r"^epoch  train loss  train acc   val loss   val acc", out, re.MULTILINE)
+    assert re.search(r"^test      accuracy .*, scored once$", out, re.MULTILINE)
+    status, _, err = run_main(train.main, "--train", "d", "--val-split", 0.2, "--weights", "none")
+    assert status == 2 and err == "error: --val-split: d/val chooses the epoch already; leave it out\n"
+
+
+@pytest.mark.parametrize(
+    ("parts", "options", "command"),
+    [
+        (("train", "test", "extra"), (), "--train d/train --test d/test"),
+        (("val", "test"), (), "--train d/FOLDER --test d/test"),
+        (("train", "test"), ("--test", "d/val"), "--train d/train --test d/val"),
+        (("photos",), (), "--train d/photos"),
+    ],
+)
+def test_a_folder_in_doubt_ends_in_one_line_with_the_command_to_type(split, parts, options, command):
+    split(*parts)
+    status, out, err = run_main(train.main, "--train", "d", *options, "--weights", "none")
+    assert (status, out) == (2, "") and err.startswith("error: d: ")
+    assert err.splitlines()[0].endswith(command)
+
+
+def test_classes_with_the_same_folders_in_each_are_classes_and_that_is_told(split, capsys):
+    split("cat", "dog")
+    assert load(Path("d")).classes == ["cat", "dog"]
+    words = "d: the classes are cat, dog, each with green, red in it; if those are meant, move them up"
+    assert capsys.readouterr().err == f"warning: {words}\n"
+
+
 def test_without_any_argument_the_recipes_lists_are_taken(colours):
     data = load()
     assert (data.train.name, data.test.name, data.test_path) == ("train.txt", "test.txt", Path("test.txt"))

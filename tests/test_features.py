@@ -102,7 +102,7 @@ def test_a_killed_pass_goes_on_from_its_whole_chunks_to_the_same_weights(colours
     code = """
 import time, train, transfer.features
 read, transfer.features.CHUNK_ROWS = train.read_image, 4
-train.read_image = lambda path: time.sleep(600) if b"blue/train" in path else read(path)
+train.read_image = lambda path, *rest: time.sleep(600) if b"blue/train" in path else read(path, *rest)
 train.main("--weights none --workers 0 --epochs 2 --views 2 --cache kept".split())
 """
     with subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}) as killed:
@@ -129,9 +129,9 @@ def wait_for(condition, process):
 def test_test_images_are_read_first_and_the_training_pass_ends_with_the_first_image_too_many(job, monkeypatch):
     seen, original = [], train.read_image
 
-    def spy(path):
+    def spy(path, *rest):
         seen.append(os.fsdecode(path))
-        return original(path)
+        return original(path, *rest)
 
     monkeypatch.setattr(train, "read_image", spy)
     for name in ("red/train_1.png", "red/train_2.png", "blue/train_3.png"):

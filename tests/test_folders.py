@@ -1,17 +1,21 @@
 """Folders: class folders are read as a list, in training and in prediction."""
 
+import errno
 import os
 import re
 from pathlib import Path
 
 import pytest
-from conftest import COLOURS, ROOT, go, run_main, run_script, save_photo
+from conftest import COLOURS, ROOT, answer, go, run_main, run_script, save_photo
+from PIL import Image
 
 import predict
 import train
 from transfer.checkpoint import load_checkpoint
-from transfer.folders import read_folder
-from transfer.lists import class_names, read_list
+from transfer.classes import class_names
+from transfer.folders import Contents, find_images, read_folder
+from transfer.images import read_image
+from transfer.lists import read_list
 
 # Read
 
@@ -26,14 +30,101 @@ def test_a_folder_is_a_list_with_labels_by_the_sorted_names_of_its_folders(photo
     assert class_names(image_list, None) == image_list.classes
 
 
-def test_hidden_files_and_what_is_no_image_are_passed_over_and_counted(photos, capsys):
-    for name in (".DS_Store", "red/._0.png", "red/.cache/1.png", "notes.txt", "loose.png", "green/clip.mp4"):
-        (photos / "photos" / name).parent.mkdir(exist_ok=True)
+def test_what_is_no_photo_is_skipped_counted_and_named(photos, capsys):
+    names = (".DS_Store", "red/._0.png", "red/.cache/1.png", "notes.txt", "loose.png", "green/clip.mp4", "green/b.txt")
+    for name in (*names, "green/c.txt", "@eaDir/red/1.png", "__MACOSX/1.png", "red/lost+found/1.png"):
+        (photos / "photos" / name).parent.mkdir(exist_ok=True, parents=True)
         (photos / "photos" / name).touch()
     image_list, problems = read_folder(Path("photos"))
-    assert not problems and len(image_list) == 30
-    words = "photos: passed over 2 hidden files and 3 others"
-    assert capsys.readouterr().err == f"warning: {words}, which are no images in class folders\n"
+    assert not problems and len(image_list) == 30 and image_list.classes == ["blue", "green", "red"]
+    err = capsys.readouterr().err
+    assert err.startswith("warning: photos: skipped ") and err.count("\n") == 1
+    assert set(re.split(r"(?<=\)), ", err.removeprefix("warning: photos: skipped ").strip())) == {
+        "2 hidden files (photos/.DS_Store, photos/red/._0.png)",
+        "1 hidden folder (photos/red/.cache)",
+        "1 photo outside the class folders (photos/loose.png)",
+        "4 other files (photos/notes.txt, photos/green/b.txt, photos/green/c.txt and 1 more)",
+        "1 @eaDir folder (photos/@eaDir)",
+        "1 __MACOSX folder (photos/__MACOSX)",
+        "1 lost+found folder (photos/red/lost+found)",
+    }
+
+
+def entries_below(folder):
+    """Every file, and every folder that holds none of them, below a folder."""
+    inside = [path for path in Path(folder).iterdir()]
+    return sum(entries_below(path) if path.is_dir() and not path.is_symlink() else 1 for path in inside)
+
+
+def test_photos_used_and_named_and_counted_are_all_that_was_found(photos, monkeypatch):
+    os.symlink(photos / "photos/blue", "photos/green/blue again")  # which is read by its own name
+    os.symlink("..", "photos/red/loop")
+    os.makedirs("elsewhere/deep")
+    for number in range(3):
+        save_photo(f"elsewhere/deep/{number}.png", "green", number + 50)
+    os.symlink(photos / "elsewhere", "photos/green/linked")
+    os.symlink("gone", "photos/green/gone.png")
+    os.symlink("odd", "photos/green/odd")
+    os.mkfifo("photos/green/pipe")
+    save_photo("photos/green/locked/1.png", "green")
+    scan = os.scandir
+
+    def scandir(path):  # the superuser may read everything
+        if os.fsencode(path).endswith(b"locked"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scan(path)
+
+    contents = Contents()
+    monkeypatch.setattr(os, "scandir", scandir)
+    find_images(b"photos", contents)
+    monkeypatch.undo()
+    monkeypatch.chdir(photos)
+    assert contents.unreadable == [(b"photos/green/locked", "permission denied")]
+    used = len(contents.images)
+    assert used == 30 + 3 + 1 and b"photos/green/linked/deep/0.png" in contents.images
+    # The folder that can't be read holds one; of the links, one leads to three that no other way leads to.
+    named_and_counted = len(contents.unreadable) + sum(contents.counts.values())
+    assert used + named_and_counted == entries_below("photos") - 1 + 3
+    assert contents.counts == {"other file": 2, "link| to a folder that is read already": 2}
+
+
+def test_a_folder_that_may_not_be_read_is_named_in_training_and_a_row_in_prediction(photos, model, monkeypatch):
+    scan = os.scandir
+
+    def scandir(path):
+        if os.fsencode(path).endswith((b"older", b"blue")):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    _, problems = read_folder(Path("photos"))
+    fix = "give yourself permission to read it, or move it away"
+    assert problems == [f"photos/{name}: permission denied; {fix}" for name in ("blue", "red/older")]
+    _, problems = read_folder(Path("photos/blue"))
+    assert problems == ["photos/blue: permission denied; give yourself permission to read it"]
+    out, err = answer("photos/red", status=1)
+    assert out.count(" red ") == 7 and err == "error: photos/red/older: permission denied\n"
+
+
+@pytest.mark.parametrize(
+    "ending", ["jfif", "jpe", "jif", "JPG_LARGE", "jpg.1", "", "apng", "dib", "ppm", "avifs", "bin"]
+)
+def test_a_file_is_an_image_by_its_first_bytes_where_its_ending_says_nothing(photos, ending):
+    format = {"apng": "PNG", "dib": "BMP", "ppm": "PPM", "avifs": "AVIF", "bin": "TIFF", "": "WEBP"}.get(ending, "JPEG")
+    Image.new("RGB", (9, 9)).save(f"photos/red/odd.{ending}" if ending else "photos/red/odd", format)
+    Path("photos/red/BMW").write_bytes(b"BMW and P1 are no photos")
+    Path("photos/red/P1").write_bytes(b"P1: not one")
+    contents = Contents()
+    find_images(b"photos/red", contents)
+    assert len(contents.images) == 11 and contents.counts == {"other file": 2}
+    assert [read_image(path).size for path in contents.images if b"odd" in path] == [(9, 9)]
+
+
+def test_predicting_a_folder_counts_what_it_skips(model, quick_model):
+    save_photo("photos/1.png")
+    Path("photos/notes.txt").touch()
+    out, err = answer("photos")
+    assert out.startswith("photos/1.png  ") and err == ("warning: photos: skipped 1 other file (photos/notes.txt)\n")
 
 
 @pytest.mark.parametrize(

@@ -91,11 +91,25 @@ def test_the_error_probability_is_bayes_rule_for_the_rate_and_the_temperature_th
     assert torch.allclose(found.confidence, q) and torch.allclose(found.error_prob, odds / (1 + odds))
 
 
-def test_the_noise_rate_is_the_likeliest_that_a_grid_finds():
-    q = torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+@pytest.mark.parametrize(("power", "least"), [(0.1, 0), (1, 0), (2, 0.1), (3, 0.3), (9, 0.45)])
+def test_the_noise_rate_is_the_likeliest_that_a_grid_finds(power, least):
+    q = torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** power
     shares = torch.arange(0, 0.5, 0.001, dtype=torch.float64)[:, None]
     likelihood = ((1 - shares) * q + shares * (1 - q) / 4).log().sum(1) + 20 * (1 - shares[:, 0]).log()
-    assert fit_noise_rate(q, 5) == pytest.approx(float(shares[likelihood.argmax()]), abs=0.001)
+    assert least <= fit_noise_rate(q, 5) == pytest.approx(float(shares[likelihood.argmax()]), abs=0.001)
+
+
+def test_the_power_is_the_share_of_other_labels_that_bayes_rule_would_doubt():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(500, 4, generator=generator)
+    labels = swapped(logits.softmax(1).multinomial(1, generator=generator)[:, 0], 0.2, 0, 4)
+    found = score_labels(logits, labels)
+    q, rate = (logits.double() / found.temperature).softmax(1), found.noise_rate
+    doubted = rate * (1 - q) / 3 / ((1 - rate) * q + rate * (1 - q) / 3) > 0.5
+    others = torch.ones_like(doubted).scatter(1, labels[:, None], False)
+    assert (
+        rate > 0.05 and found.power == pytest.approx(float(doubted[others].double().mean())) and 0.1 < found.power < 1
+    )
 
 
 def test_a_single_class_has_no_suspects():

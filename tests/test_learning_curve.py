@@ -24,3 +24,32 @@ def test_a_curve_that_is_flat_promises_nothing():
 def test_where_images_are_few_there_is_no_curve():
     images = CrossValidation(torch.randn(12, 2, 8), torch.arange(12) % 4, 0)
     assert learning_curve(images, 4, [0.005], 64) is None
+
+
+def test_no_curve_promises_more_than_half_the_errors_or_fewer_hits_than_now():
+    steep, falling = torch.tensor([[0.2], [0.8], [0.95]]), torch.tensor([[0.9], [0.85], [0.8]])
+    for accuracy, expected in ((steep, 0.975), (falling, 0.8)):
+        curve = Curve([100, 200, 400], accuracy, torch.tensor([9]), torch.full((3, 1), 0.5))
+        assert curve.doubled() == [pytest.approx(expected)]
+
+
+def test_a_class_grows_where_its_gain_is_more_than_two_standard_errors_of_its_images():
+    # Of 15 points from a half: 2 * sqrt((0.25 + 0.2275) / n) is 15.1 points of 84 images, 14.9 of 86.
+    recall = torch.tensor([[0.5, 0.5, torch.nan], [0.65, 0.65, torch.nan]])
+    curve = Curve([50, 100], torch.full((2, 3), 0.6), torch.tensor([84, 86, 0]), recall)
+    assert curve.growing() == [(1, pytest.approx(0.15))]
+
+
+@pytest.mark.parametrize(("per_class", "sizes"), [(4, [8, 16]), (8, [8, 16, 32]), (40, [20, 40, 80, 160])])
+def test_a_curve_has_a_point_for_each_share_that_leaves_two_images_a_class(per_class, sizes):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(4).repeat_interleave(per_class)
+    features = 3 * torch.eye(4, 16)[labels] + torch.randn(4 * per_class, 16, generator=generator)
+    images = CrossValidation(features[:, None], labels, 0)
+    images.groups = torch.arange(len(labels))
+    curve = learning_curve(images, 4, [0.05] * 10, 64)
+    assert curve.sizes == sizes and curve.accuracy.shape == (len(sizes), 3) and curve.images.tolist() == [per_class] * 4
+    # Of classes of one size the mean recall is the accuracy.
+    assert torch.allclose(curve.recall.mean(1), curve.accuracy.mean(1), atol=1e-5)
+    if per_class == 40:
+        assert curve.accuracy.mean(1)[-1] > 0.85 and curve.accuracy.mean(1)[0] < curve.accuracy.mean(1)[-1]

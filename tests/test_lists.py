@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import predict
 import train
+from transfer.classes import class_names
 from transfer.console import UserError
-from transfer.lists import ImageList, class_names, read_list
+from transfer.lists import ImageList, read_list
 
 
 def test_lists_are_read_as_documented(tmp_path, monkeypatch):

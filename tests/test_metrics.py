@@ -13,7 +13,14 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, t
 from torch import nn
 from torch.nn import functional as F
 
-from transfer.metrics import ClassificationScores, MetricMeter, class_weights, classification_report, wilson_interval
+from transfer.metrics import (
+    ClassificationScores,
+    MetricMeter,
+    class_weights,
+    classification_report,
+    likeliest,
+    wilson_interval,
+)
 
 # Four classes by hand: apple 2 of 3 right, bean 1 of 2, corn 0 of 1 and never predicted, dill without images.
 LABELS = [0, 0, 0, 1, 1, 2]
@@ -111,6 +118,23 @@ def test_scores_and_table_of_ten_thousand_classes_take_megabytes_and_a_moment():
     assert growth(work) < 50 << 20  # a matrix of all pairs would be 800 MB
 
 
+def test_an_epochs_metrics_are_means_over_samples_however_batches_divide_them():
+    meter = MetricMeter(nn.Linear(4, 3))
+    for loss, guesses, labels in ((3.0, [0, 1, 2], [0, 1, 1]), (1.5, [2], [0])):
+        meter.update(loss, F.one_hot(torch.tensor(guesses), 3).float(), torch.tensor(labels))
+    # Of class 0 one of two is right, of class 1 one of two; class 2 has no image.
+    assert meter.compute() == (pytest.approx(4.5 / 4), 0.5, 0.5, 4)
+
+
+def test_of_two_classes_as_often_mistaken_for_the_first_is_named_and_long_names_are_cut():
+    scores = scores_of([0, 0, 0, 1], [2, 1, 0, 1], 3)
+    assert scores.taken_for() == {0: (1, 1)}
+    lines = classification_report(scores, ["a" * 24, "b" * 25, "c"]).splitlines()
+    assert [line.split("  ")[0] for line in lines[4:7]] == ["a" * 24, "b" * 23 + "…", "c"]
+    assert likeliest(torch.tensor([0.2, 0.5, 0.3]), ["a", "b", "c"], 2) == [("b", 0.5), ("c", pytest.approx(0.3))]
+    assert len(likeliest(torch.tensor([0.2, 0.8]), ["a", "b"], 9)) == 2
+
+
 def test_the_macro_recall_of_training_and_of_the_table_are_one_figure():
     # 36.1% over the three classes with images. Dill is only guessed: it has no recall, and counts nowhere.
     labels, predicted = [0, 0, 0, 1, 1, 2], [0, 3, 1, 3, 1, 0]
@@ -162,3 +186,4 @@ def test_weights_make_classes_count_alike_and_images_one_on_average():
     sums = [float(weights[label] * (labels == label).sum()) for label in (0, 1, 3)]
     assert sums == pytest.approx([45 / 3] * 3) and weights[[0, 1, 3]].tolist() == pytest.approx([0.5, 1.5, 3])
     assert float(weights[labels].mean()) == pytest.approx(1)
+    assert class_weights(torch.tensor([0, 0, 0, 1]), 2).tolist() == pytest.approx([2 / 3, 2])  # also of a single image

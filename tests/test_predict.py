@@ -125,7 +125,9 @@ def test_what_needs_labels_is_an_error_before_any_work_without_them(model, monke
     Path("list.txt").write_text("green.png 1\n")
     out, err = answer(*images, *flags, status=2)
     flag = "--format table" if flags[0] == "--format" else flags[0]
-    assert out == "" and err.startswith(f"error: {flag}: needs labels; give lists") and err.count("\n") == 1
+    *warnings, error = err.splitlines()
+    assert out == "" and error.startswith(f"error: {flag}: needs labels; give lists")
+    assert warnings == ["warning: .: skipped 2 other files (./best.pth, ./list.txt)"] * (images == ["."])
     assert not Path("report.html").exists()
 
 
@@ -479,3 +481,10 @@ def test_an_image_that_cannot_be_read_raises_from_python(model):
         predict.predict(model, ["none.png"])
     with pytest.raises(UserError, match="none.pth"):
         LOAD("none.pth")
+
+
+def test_a_pattern_that_a_shell_left_alone_is_expanded(model, quick_model):
+    os.rename("red.png", "[red].png")
+    out, _ = answer("[red].png", "*e*n.png", "b?ue.png", "--top-k", 1)
+    assert [line.split("  ")[0] for line in out.splitlines()] == ["[red].png", "green.png", "blue.png"]
+    assert answer("none*.png", status=1)[1].startswith("error: none*.png: ")

@@ -17,6 +17,7 @@ from conftest import ROOT, answer, run_main
 
 import predict
 import train
+from transfer.images import ImageError
 from transfer.stdin import CHUNKS_AHEAD, StdinPaths
 
 
@@ -96,10 +97,10 @@ DIED = "warning: a decoding process died, perhaps out of memory; going on"
 def test_where_a_pipes_worker_dies_at_its_work_the_rest_is_done_with_fewer_and_then_without(pipe, monkeypatch):
     parent, read = os.getpid(), train.read_image
 
-    def dying(path):
+    def dying(path, *rest):
         if os.getpid() != parent and path == b"blue.png":
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(path)
+        return read(path, *rest)
 
     monkeypatch.setattr(train, "read_image", dying)
     names = ["red.png", "green.png"] * 20 + ["blue.png"] + ["green.png", "red.png"] * 40
@@ -192,6 +193,34 @@ def test_standard_input_is_a_path_a_line_in_either_systems_line_ends(model, monk
     rows = [json.loads(line) for line in out.splitlines()]
     expected = [("red.png", "red"), ("none.png", None), (" green.png", "green"), ("blue.png", "blue")]
     assert [(row["path"], row["name"]) for row in rows] == expected and err == ""
+
+
+def predicted(monkeypatch, content, status=0):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))
+    out, err = answer("-", "--format", "json", status=status)
+    return [(row["path"], row["name"] or row["error"]) for row in map(json.loads, out.splitlines())], err
+
+
+def test_nul_separates_too_and_then_names_hold_line_breaks(model, monkeypatch):
+    os.rename("red.png", "r\ned.png\r")
+    rows, err = predicted(monkeypatch, b"green.png\0r\ned.png\r\0\0blue.png\0")
+    assert rows == [("green.png", "green"), ("r\ned.png\r", "red"), ("blue.png", "blue")] and err == ""
+
+
+def test_a_byte_order_mark_is_no_part_of_a_path(model, quick_model, monkeypatch):
+    rows, _ = predicted(monkeypatch, b"\xef\xbb\xbfgreen.png\n\xef\xbb\xbf.png\n", status=1)
+    assert [path for path, _ in rows] == ["green.png", "\ufeff.png"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_named(model, monkeypatch, encoding):
+    rows, err = predicted(monkeypatch, "green.png\r\nred.png\r\n".encode(encoding), status=1)
+    assert rows == [] and err == "error: standard input: looks like UTF-16; give it as UTF-8\n"
+
+
+def test_a_nul_in_a_name_is_an_error_of_that_image(model, quick_model):
+    with pytest.raises(ImageError, match="^a NUL character in its name$"):
+        predict.predict(model, ["a\0.png"])
 
 
 def test_standard_input_stands_alone(model):

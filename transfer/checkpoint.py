@@ -12,7 +12,8 @@ from transfer.console import UserError, first_three, printable, warn
 from transfer.distributed import broadcast, is_main_process, run_id
 from transfer.files import backup_path, history_path, load_untrusted, save_atomically, save_together, serialized
 from transfer.flags import IMAGE_SIZE, SIZES
-from transfer.lists import MAX_CLASSES
+from transfer.images import GREY_BITS
+from transfer.labels import MAX_CLASSES
 from transfer.metrics import Metrics
 
 WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,6 +40,7 @@ METADATA_TYPES = {
     "run": str,  # `run_id`, of whose attempts each may replace what another saved
     "device": str,
     "precision": str,
+    "grey_bits": int,  # of 16-bit greyscale, from black to white
     "train_images": int,
     "test_images": int,
     "recipe": dict,  # the flags
@@ -224,6 +226,7 @@ def is_valid_metadata(metadata: object, classes: int) -> bool:
     if any(type(text) is not str for text in (*names, *folders, *lists)):
         return False
     fits = metadata.get("format") == FORMAT and metadata.get("size", IMAGE_SIZE) in SIZES
+    fits = fits and 0 < metadata.get("grey_bits", GREY_BITS) <= GREY_BITS
     return fits and len(names) == len(folders) == classes
 
 

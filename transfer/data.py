@@ -9,12 +9,21 @@ from pathlib import Path
 
 import torch
 
-from transfer.console import UserError, printable
+from transfer.classes import (
+    class_names,
+    folder_names,
+    folders_by_label,
+    own_names,
+    remap_labels,
+    renamed_classes,
+)
+from transfer.console import UserError, printable, warn
 from transfer.crossval import group_split
+from transfer.depth import grey_bits_of
 from transfer.features import Split, Splits
 from transfer.files import backup_path
-from transfer.folders import read_folder, remap_labels
-from transfer.lists import ImageList, check_lists, class_names, folders_by_label, read_list
+from transfer.folders import check_depth, read_folder, split_folder
+from transfer.lists import ImageList, check_lists, read_list
 from transfer.outputs import Output
 
 TEST_SHARE = 0.2  # of the images of each class, held out where no test list is named
@@ -25,25 +34,31 @@ class Data:
     """Training and test images and the names of their classes.
 
     folders: the classes' names without --classes; train_path: the list or folder of train.
-    test: None where a part of train is to be held out, whose lists then go to split_paths with the checkpoint;
-    test_path: the list or folder that predict.py scores, and root, where its paths begin; files: the lists that were
-    read; chosen_on: what the epoch is chosen on, in words.
+    val: what the epoch is chosen on, where that is a list of its own, of val_path; test: None where a part of train is
+    to be held out, whose lists then go to split_paths with the checkpoint; test_path: the list or folder that
+    predict.py scores, and root, where its paths begin; files: the lists that were read; chosen_on: what the epoch is
+    chosen on, in words; notes: what else of the reading is to be known, for the header; grey_bits: of 16-bit greyscale,
+    from black to white.
     """
 
     train: ImageList
+    val: ImageList | None
     test: ImageList | None
     classes: list[str]
     folders: list[str]
     train_path: Path
+    val_path: Path | None
     split_paths: list[Path]
     test_path: Path
     root: Path
     files: list[Path]
     chosen_on: str
+    notes: list[str]
+    grey_bits: int
 
     def inputs(self, weights: str | None) -> Iterator[str | bytes | os.PathLike]:
         """Every file that the run reads; weights: what --weights names."""
-        lists = [image_list for image_list in (self.train, self.test) if image_list]
+        lists = [image_list for image_list in (self.train, self.val, self.test) if image_list]
         files = [*self.files, weights] if weights else self.files
         return itertools.chain(files, *(image_list.each_path() for image_list in lists))
 
@@ -59,32 +74,54 @@ def load_data(
 ) -> Data:
     """The images that --train and --test name: lists, or folders of class folders. By default train.txt and test.txt.
 
-    Beside another training list a test.txt counts where each class of it lies in the same folders; else there is none,
-    and test images are to be held out. Raises UserError.
+    A folder that is already split gives all. Beside another training list a test.txt counts where both lists' classes
+    have the same folders; else there is none, and test images are to be held out. Raises UserError.
     """
     if train_path is None:
         train_path, test_path = Path("train.txt"), test_path or Path("test.txt")
+    train_path, val_path, test_path, notes = find_parts(train_path, test_path, val_split)
     train, problems = read_source(train_path, root)
-    folders = class_names(train, None) if len(train) else []
-    classes = class_names(train, classes_path) if classes_path and folders else folders
-    test = None
-    if test_path is not None:
-        test, test_problems = read_source(test_path, root)
-        if test.classes and classes:  # of a folder; it goes by the training folders, whatever --classes calls them
-            test_problems += remap_labels(test, folders)
-        problems += test_problems
-    elif not train_path.is_dir() and (beside := train_path.with_name("test.txt")).is_file():
-        beside_list, test_problems = read_list(beside, root)
-        if share_folders(train, beside_list):
-            test, test_path = beside_list, beside
-            problems += test_problems
-    check_lists(train, test, problems)
+    problems += check_depth(train_path, train) if train.is_folder else []
+    classes = class_names(train, classes_path) if len(train) else []
+    folders = own_names(train) if len(train) else []  # in the order that --classes gave them
+    if test_path is None:
+        test_path = find_test_list(train_path, train, root, quiet=bool(problems))
+    held_out = {}
+    for path in filter(None, (val_path, test_path)):
+        held_out[path], more = read_source(path, root)
+        problems += more + (match_labels(held_out[path], train, folders) if len(train) else [])
+    val, test = held_out.get(val_path), held_out.get(test_path)
+    check_lists(train, [*held_out.values()], problems)
     check_split(train, test, val_split)
+    grey_bits, depth = grey_bits_of(train)
+    notes += [*renamed_classes(folders, classes), *depth]
     lists = [] if test else split_paths(out)
-    files = [path for path in (train_path, test_path, classes_path) if path]
+    files = [path for path in (train_path, val_path, test_path, classes_path) if path]
     scored, root = (test_path, root) if test else (lists[1], Path())
-    chosen_on = f"{val_split:.0%} of {train.name}" if val_split else printable(scored)
-    return Data(train, test, classes, folders, train_path, lists, scored, root, files, chosen_on)
+    chosen_on = f"{val_split:.0%} of {train.name}" if val_split else printable(val_path or scored)
+    return Data(
+        *(train, val, test, classes, folders, train_path, val_path, lists, scored, root, files),
+        *(chosen_on, notes, grey_bits),
+    )
+
+
+def find_parts(
+    train_path: Path, test_path: Path | None, val_split: float | None
+) -> tuple[Path, Path | None, Path | None, list[str]]:
+    """What to train on, to choose the epoch on and to test on, and a line for the header where a folder is already
+    split. Raises UserError.
+    """
+    parts = split_folder(train_path) if train_path.is_dir() else None
+    if parts is None:
+        return train_path, None, test_path, []
+    if test_path is not None:
+        fix = f"give --train {printable(parts.train)} --test {printable(test_path)}"
+        raise UserError(f"{printable(train_path)}: holds {parts.test.name} already, and --test names another; {fix}")
+    if parts.val and val_split:
+        raise UserError(f"--val-split: {printable(parts.val)} chooses the epoch already; leave it out")
+    chooses = f"{parts.val.name} chooses the epoch, " if parts.val else ""
+    note = f"          {printable(train_path)} is split already: {parts.train.name} is trained on, {chooses}"
+    return parts.train, parts.val, parts.test, [f"{note}{parts.test.name} tests"]
 
 
 def read_source(path: Path, root: Path) -> tuple[ImageList, list[str]]:
@@ -95,13 +132,42 @@ def read_source(path: Path, root: Path) -> tuple[ImageList, list[str]]:
     return read_folder(path) if path.is_dir() else read_list(path, root)
 
 
+def match_labels(test: ImageList, train: ImageList, folders: list[str]) -> list[str]:
+    """Give test images whose labels are names the training images' labels; the problems where that can't be done."""
+    if test.classes:  # by the training folders, whatever --classes calls them
+        return remap_labels(test, folders)
+    if train.classes and not train.is_folder and len(test):
+        return [f"{test.name}:{test.lines[0]}: labels are numbers here, and names in {train.name}; use names in both"]
+    return []
+
+
+def find_test_list(train_path: Path, train: ImageList, root: Path, *, quiet: bool) -> Path | None:
+    """The test.txt beside a training list, where it is of the same classes by the names of their folders."""
+    beside = train_path.with_name("test.txt")
+    if train_path.is_dir() or not beside.is_file() or beside.samefile(train_path):
+        return None
+    try:
+        test, _ = read_list(beside, root)
+    except UserError:  # no list at all
+        test = None
+    if test and share_folders(train, test):
+        return beside
+    unlike = "its classes do not have the same folders" if test else "it is not such a list"
+    if not quiet:
+        warn(f"{printable(beside)} is not used: {unlike}; give --test {printable(beside)} to test on it")
+    return None
+
+
 def share_folders(train: ImageList, test: ImageList) -> bool:
-    """Whether the test images of each label lie in folders that training images of it lie in, by their names."""
-    train_folders, test_folders = (
-        {label: set(map(os.path.basename, folders)) for label, folders in folders_by_label(each).items()}
-        for each in (train, test)
-    )
-    return all(folders <= train_folders.get(label, set()) for label, folders in test_folders.items())
+    """Whether both lists are of the same classes: folders of one name hold the images of one label, in both."""
+    if train.classes or test.classes:  # labels that are names are to be the same
+        return set(test.classes) <= set(train.classes)
+    folders = folders_by_label(train)
+    for label, more in folders_by_label(test).items():
+        if label not in folders:
+            return False
+        folders[label] |= more
+    return bool(folder_names(folders))
 
 
 # Test images held out

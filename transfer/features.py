@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from transfer.backbone import PASS_BATCH, embed_dataset, unbatch
 from transfer.cache import FeatureCache, image_keys, recipe_digest
-from transfer.console import Progress, first_three, warn
+from transfer.console import Progress, first_three, printable, warn
 from transfer.device import Compute
 from transfer.distributed import broadcast, gather_rows, get_rank, get_world_size, is_main_process, rank_slice
 from transfer.lists import check_unreadable
@@ -272,3 +272,21 @@ def warn_on_leakage(train: Split, test: Split) -> None:
             f"{len(both):,} of {len(lists[1]):,} test images are in {lists[0].name} too, so the test accuracy is not "
             f"to be believed: {first_three([lists[1].where(row) for row in both.tolist()])}"
         )
+
+
+def warn_on_flat_images(split: Split) -> None:
+    """Warn where half of the images or more are of one flat colour, the same, as where all came out black."""
+    if get_rank():  # which has no features
+        return
+    rows = split.features.rows
+    hashes, counts = split.features.content_hashes()[rows].unique(return_counts=True)
+    if len(rows) > 1 and 2 * (most := int(counts.max())) >= len(rows):
+        alike = rows[split.features.content_hashes()[rows] == hashes[counts.argmax()]]
+        _, views = split.dataset[int(alike[0])]
+        if isinstance(views, Tensor) and len(views[0].flatten(0, 1).unique(dim=0)) == 1:
+            image_list = split.dataset.image_list
+            fix = "look at some, and at how they were saved"
+            warn(
+                f"{image_list.name}: {most:,} of {len(rows):,} images are one flat colour, such as "
+                f"{printable(image_list.path(int(alike[0])))}; {fix}"
+            )

@@ -24,7 +24,10 @@ from transfer.safetensors import is_safetensors, load_safetensors
 
 def open_regular(path: str | bytes | os.PathLike) -> io.BufferedReader:
     """Open a regular file to read its bytes; a FIFO would wait for a writer. Raises OSError."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        os.scandir(path).close()  # one that may not be read says so
+    if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "not a regular file")
     return open(path, "rb")
 

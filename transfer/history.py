@@ -31,9 +31,13 @@ def print_header(compute: Compute, pretrained: Pretrained, data: Data, history: 
     print(f"device    {compute.device}, {compute.precision}")
     print(f"backbone  {pretrained.description}")
     if data.test:
-        print(f"data      {len(data.train):,} training and {len(data.test):,} test images of {num_classes} classes")
+        val = f", {len(data.val):,} validation" if data.val else ""
+        print(
+            f"data      {len(data.train):,} training{val} and {len(data.test):,} test images of {num_classes} classes"
+        )
     else:
         print(f"data      {len(data.train):,} images of {num_classes} classes; a fifth of each is held out to test on")
+    print("".join(f"{note}\n" for note in data.notes), end="")
     counts = [(count, label) for label, count in enumerate(data.train.labels.bincount().tolist()) if count]
     if max(counts)[0] > UNEVEN * min(counts)[0] and not history.balanced:
         few, many = (f"{count:,} of {printable(data.classes[label])}" for count, label in (min(counts), max(counts)))
@@ -46,9 +50,10 @@ def print_header(compute: Compute, pretrained: Pretrained, data: Data, history: 
 def run_metadata(flags: dict, data: Data, pretrained: Pretrained, splits: Splits, *, compute: Compute) -> dict:
     """What all checkpoints of a run hold about it."""
     renamed = {"folders": data.folders} if data.folders != data.classes else {}
-    chosen = data.train_path if flags["val_split"] else data.test_path
+    chosen = data.train_path if flags["val_split"] else data.val_path or data.test_path
     return renamed | {
         "classes": data.classes,
+        "grey_bits": data.grey_bits,
         "trained_lists": [path_digest(path) for path in (data.train_path, *data.split_paths[:1])],
         "chosen_list": path_digest(chosen),
         "arch": flags["arch"],

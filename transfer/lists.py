@@ -1,10 +1,9 @@
 """Lists: text files of `path label` lines, checked, and divided by class."""
 
-import contextlib
 import itertools
 import os
 import stat
-from collections import defaultdict
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,17 +11,18 @@ import torch
 from torch import Tensor
 
 from transfer.console import SHOWN_PROBLEMS, UserError, first_three, os_reason, plural, printable, summarise, warn
+from transfer.labels import Labels, kind_of_lines, kind_of_table, sort_names, split_lines, split_table
 
+LIST_SUFFIXES = (".txt", ".csv")
 SLICE = 10_000  # paths that are taken apart at a time
-MAX_CLASSES = 100_000  # beyond this a label is a slip of the pen, and its head would not fit
 
 
 class ImageList:
     """A parsed list of n images. Tensors rather than objects, so that workers share one copy.
 
     text: all paths as bytes, joined by newlines; ends: (n,) where each ends in it;
-    labels: (n,) from 0; lines: (n,) line numbers in the list file `name`; classes: their names, where the list is a
-    folder of class folders.
+    labels: (n,) from 0; lines: (n,) line numbers in the list file `name`; classes: the names of labels, where these
+    come from names; is_folder: of class folders, which has no lines; labelled: False where a list holds paths alone.
     """
 
     def __init__(self, name: str, paths: Sequence[bytes], labels: Sequence[int], lines: Sequence[int]):
@@ -31,7 +31,7 @@ class ImageList:
         self.ends = torch.tensor([len(path) + 1 for path in paths], dtype=torch.int64).cumsum(0) - 1
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.lines = torch.tensor(lines, dtype=torch.int32)
-        self.classes = []
+        self.classes, self.is_folder, self.labelled = [], False, True
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -56,8 +56,16 @@ class ImageList:
         chosen = [paths[row] for row in rows.tolist()]
         return ImageList(self.name, chosen, self.labels[rows].tolist(), self.lines[rows].tolist())
 
+    def labelled_by(self, labels: Labels) -> "ImageList":
+        """This list, its labels in the order of their names where they are names."""
+        self.labelled = labels.kind != "none"
+        if labels.kind == "names":
+            self.classes = list(labels.places)
+            set_classes(self, sort_names(labels.places))
+        return self
+
     def where(self, index: int) -> str:
-        place = "" if self.classes else f"{self.name}:{self.lines[index]}: "  # a folder has no lines
+        place = "" if self.is_folder else f"{self.name}:{self.lines[index]}: "  # a folder has no lines
         return f"{place}{printable(self.path(index))}"
 
 
@@ -120,115 +128,84 @@ def read_text(path: Path) -> bytes:
     return raw.removeprefix(b"\xef\xbb\xbf")
 
 
-def label_problem(fields: Sequence[bytes]) -> str | None:
-    """What keeps the last of a line's fields from being a label."""
-    label = fields[-1]
-    if len(fields) == 1:
-        comma = b"," in label or b";" in label
-        return f"no label; separate path and label by {'a space, not a comma' if comma else 'white space'}"
-    if not label.isdigit():  # of bytes: ASCII digits alone
-        return f"label '{printable(label)}' is not a whole number; number the classes 0, 1, 2, ..."
-    if len(label) > 18 or int(label) >= MAX_CLASSES:
-        return f"label {printable(label)[:24]} is not below {MAX_CLASSES:,}; number the classes 0, 1, 2, ..."
-    return None
+def as_stored(path: bytes) -> bytes:
+    """The path under which a file lies whose name differs only in composed and decomposed letters; else as it is."""
+    if path.isascii() or os.path.exists(path):
+        return path
+    found = b"/" if path.startswith(b"/") else b""
+    for part in os.fsdecode(path).split("/"):
+        forms = [os.path.join(found, os.fsencode(unicodedata.normalize(form, part))) for form in ("NFC", "NFD")]
+        found = next(filter(os.path.exists, forms), os.path.join(found, os.fsencode(part)))
+    return found if os.path.exists(found) else path
 
 
 def read_list(list_path: Path, root: Path, check_files: bool = True) -> tuple[ImageList, list[str]]:
-    """Parse `path label` lines. Returns the images and all problems, each as `FILE:LINE: reason; fix`; without
-    check_files images may be missing.
+    """Parse a list. Returns the images and all problems, each as `FILE:LINE: reason; fix`; without check_files, as to
+    predict, images may be missing, and all labels.
 
     Lines are bytes until they are shown: no locale has a say in them.
     """
     name, prefix = printable(list_path), b"" if root == Path() else os.path.join(os.fsencode(root), b"")
-    paths, labels, lines, problems = [], [], [], []
-    seen = {}  # path: its place in the list
-    repeats = 0
-    for number, line in enumerate(read_text(list_path).split(b"\n"), 1):
-        fields = line.rsplit(None, 1)
-        entry = fields[0].strip() if fields else b"#"
-        if entry[:1] == b"#":
-            continue
-        if problem := label_problem(fields):
+    content, is_csv = read_text(list_path), list_path.suffix.lower() == ".csv"
+    kind = kind_of_table(name, content, check_files) if is_csv else kind_of_lines(content, check_files)
+    labels, paths, lines, problems = Labels(kind), [], [], []
+    seen, repeats = {}, 0  # seen: each path's place in the list
+    for number, fields in split_table(name, content) if is_csv else split_lines(content, kind):
+        if problem := labels.problem(fields):
             problems.append(f"{name}:{number}: {problem}")
             continue
-        entry, label = entry.removeprefix(b"./"), int(fields[1])
-        path = os.path.join(prefix, entry) if prefix else entry
+        entry = fields[0].removeprefix(b"./") or fields[0]
+        path = as_stored(os.path.join(prefix, entry) if prefix else entry)
         earlier = seen.setdefault(path, len(paths))
         if earlier < len(paths):
             repeats += 1
-            if labels[earlier] != label:
-                both = f"label {label} here and {labels[earlier]} on line {lines[earlier]}"
+            if (before := labels.values[earlier]) != labels.number(fields):
+                here = labels.show(labels.number(fields))
+                both = f"label {here} here and {labels.show(before)} on line {lines[earlier]}"
                 problems.append(f"{name}:{number}: {printable(entry)} has {both}; keep one of the two")
             continue
         if check_files and (problem := file_problem(path)):
             hint = missing_hint(entry, list_path) if problem == "no such image" else "mend or remove the line"
             problems.append(f"{name}:{number}: {printable(entry)}: {problem}; {hint}")
         paths.append(path)
-        labels.append(label)
+        labels.values.append(labels.number(fields))
         lines.append(number)
     if not paths and not problems:
         problems.append(f"{name}:1: the list is empty; each line is: path, white space, label")
     if repeats:
         warn(f"{name}: {plural(repeats, 'repeated line')} dropped")
-    return ImageList(name, paths, labels, lines), problems
+    return ImageList(name, paths, labels.values, lines).labelled_by(labels), problems
 
 
-def check_lists(train: ImageList, test: ImageList | None, problems: Sequence[str]) -> None:
-    """Raises UserError with the first of the problems that reading found, and of those of both lists together."""
+def set_classes(image_list: ImageList, names: Sequence[str]) -> None:
+    """Give the labels of an image list their places among these names, which hold all of its own."""
+    places = {name: label for label, name in enumerate(names)}
+    if len(image_list):
+        image_list.labels = torch.tensor([places[name] for name in image_list.classes])[image_list.labels]
+    image_list.classes = list(names)
+
+
+def check_lists(train: ImageList, held_out: Sequence[ImageList], problems: Sequence[str]) -> None:
+    """Raises UserError with the first of the problems that reading found, and of those of all lists together."""
     problems = [*problems]
     known = torch.bincount(train.labels) if len(train) else torch.zeros(1)
-    strange = ~torch.isin(test.labels, known.nonzero()) if test and len(train) else torch.zeros(0)
-    for index in strange.nonzero().flatten().tolist():
-        problems.append(
-            f"{test.name}:{test.lines[index]}: label {test.labels[index]} is not in {train.name}; "
-            "add training images of it or remove the line"
-        )
+    for test in held_out if len(train) else ():
+        for index in (~torch.isin(test.labels, known.nonzero())).nonzero().flatten().tolist():
+            problems.append(
+                f"{test.name}:{test.lines[index]}: label {test.labels[index]} is not in {train.name}; "
+                "add training images of it or remove the line"
+            )
     if problems:
         raise ListsError(problems)
-    if gaps := torch.nonzero(known == 0).flatten().tolist():
+    gaps = torch.nonzero(known == 0).flatten().tolist()
+    if gaps == [*range(len(gaps))] != []:
+        warn(f"{train.name}: labels start at {len(gaps)}, not at 0: no image has label {first_three(gaps)}")
+    elif gaps:
         warn(f"{train.name}: no image has label {first_three(gaps)}: its class can never be learned")
     if (known > 0).sum() == 1:
         warn(f"{train.name}: all images have one label: with a single class, 100% right says nothing")
     if single := torch.nonzero(known == 1).flatten().tolist():
         warn(f"{train.name}: only one image has label {first_three(single)}: its class is learned by heart")
-
-
-def folders_by_label(image_list: ImageList) -> dict[int, set[bytes]]:
-    """The folders that images of each label lie in."""
-    folders = defaultdict(set)
-    for path, label in zip(image_list.each_path(), image_list.labels.tolist(), strict=True):
-        folders[label].add(os.path.dirname(path))
-    return folders
-
-
-def class_names(image_list: ImageList, classes_path: Path | None) -> list[str]:
-    """One name per class: from the file, else from the folders where they differ by class, else numbers.
-
-    The images' own folders, or those that lie in the one which all images share.
-    """
-    num_classes = int(image_list.labels.max()) + 1
-    if classes_path is not None:
-        names = [line.strip() for line in read_text(classes_path).decode().splitlines() if line.strip()]
-        if len(names) != num_classes:
-            raise UserError(
-                f"{printable(classes_path)}: {len(names)} names for {num_classes} classes; write one name a line"
-            )
-        return names
-    if image_list.classes:
-        return list(image_list.classes)
-    folders, shared = folders_by_label(image_list), b""
-    with contextlib.suppress(ValueError):  # some paths are absolute and some are not
-        shared = os.path.commonpath({folder for each in folders.values() for folder in each})
-
-    def first_folder(folder: bytes) -> bytes:
-        return folder[len(shared) :].strip(b"/").split(b"/")[0]
-
-    for name_of in (os.path.basename, first_folder):
-        found = {label: {name_of(folder) for folder in each} for label, each in folders.items()}
-        names = [os.fsdecode(next(iter(found[c]))) if len(found.get(c, ())) == 1 else "" for c in range(num_classes)]
-        if all(names) and len(set(names)) == num_classes:
-            return names
-    return [str(label) for label in range(num_classes)]
 
 
 def check_unreadable(
@@ -243,7 +220,10 @@ def check_unreadable(
         total = f"{image_list.name}: {len(lines):,} of {len(image_list):,} images can't be read"
         if stopped:
             total = f"{image_list.name}: {len(lines):,} images can't be read, more than 1% of the list: stopped there"
-        fix = "convert, mend or remove them" if image_list.classes else "mend or remove these lines"
+        fix = "convert, mend or remove them" if image_list.is_folder else "mend or remove these lines"
         raise UserError(*summarise(lines, total, fix), status=1)
     for line in lines[:SHOWN_PROBLEMS]:
         warn(f"{line}; skipped")
+    if len(lines) > SHOWN_PROBLEMS:
+        total = f"{len(lines):,} of {len(image_list):,} images can't be read and are skipped"
+        warn(f"{image_list.name}: {total}, {SHOWN_PROBLEMS} of them shown")

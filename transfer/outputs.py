@@ -143,10 +143,10 @@ def prepare_outputs(
     check_outputs(outputs, inputs)
 
 
-def prepare_cache(cache: Path, reads: Sequence[Path]) -> None:
+def prepare_cache(cache: Path, read: Sequence[Path]) -> None:
     """Make the folder of kept features, unless it would lie among photos: the next run would take it for a class."""
     name = printable(cache)
-    for source in reads:
+    for source in read:
         if source.is_dir() and cache.resolve().is_relative_to(source.resolve()):
             raise UserError(f"--cache {name}: lies in {printable(source)}, among the photos; name a folder beside that")
     try:

@@ -1,5 +1,7 @@
 """Sources: what the arguments of predict.py name, read as one list, and which of its images have labels."""
 
+import glob
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -9,11 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transfer.classes import remap_labels
 from transfer.console import UserError, printable
 from transfer.files import open_regular
-from transfer.folders import find_images, read_folder, remap_labels
-from transfer.images import SUFFIXES
-from transfer.lists import ImageList, ListsError, label_problem, read_list
+from transfer.folders import images_below, read_folder
+from transfer.formats import SUFFIXES
+from transfer.labels import NUMBERED, same_name, sort_names
+from transfer.lists import LIST_SUFFIXES, ImageList, ListsError, as_stored, read_list
 
 
 class Source(NamedTuple):
@@ -24,47 +28,54 @@ class Source(NamedTuple):
 
 
 def looks_like_list(path: str) -> bool:
-    """Whether a file is a list: it ends in .txt, or its first line that is no comment ends in a class number."""
-    if path.endswith(".txt"):
+    """Whether a file is a list: it ends as one, or its first line that is no comment ends in a class number."""
+    if path.lower().endswith(LIST_SUFFIXES):
         return True
     try:
         with open_regular(path) as file:
             head = b"" if path.lower().endswith(SUFFIXES) else file.read(1 << 12)
     except OSError:
         return False
-    lines = [line.rsplit(None, 1) for line in head.split(b"\n") if line.strip() and line.strip()[:1] != b"#"]
-    return b"\0" not in head and bool(lines) and label_problem(lines[0]) is None
+    lines = [line for line in head.split(b"\n") if line.strip() and line.strip()[:1] != b"#"]
+    return b"\0" not in head and bool(lines) and NUMBERED.match(lines[0]) is not None
 
 
 def read_plain_folder(folder: str) -> Source:
-    """All images in a folder and below it, with the names of its folders as classes if none lies beside these."""
-    paths, start = find_images(os.fsencode(folder))[0], len(os.path.join(os.fsencode(folder), b""))
-    parts = [path[start:].split(os.fsencode(os.sep)) for path in paths]
-    names = sorted({part[0] for part in parts}) if all(len(part) > 1 for part in parts) else []
+    """All images in a folder and below it, with the names of its folders as classes if none lies beside these.
+
+    Raises UserError where there is none.
+    """
+    paths, start = images_below(os.fsencode(folder)), len(os.path.join(os.fsencode(folder), b""))
+    parts = [os.fsdecode(path[start:]).split(os.sep) for path in paths]
+    within = [same_name(part[0]) if len(part) > 1 else "" for part in parts]
+    names = sort_names(set(within)) if all(within) else []
     places = {name: label for label, name in enumerate(names)}
-    labels = [places.get(part[0], 0) for part in parts]
-    image_list = ImageList(folder, paths, labels, range(len(paths)))
-    image_list.classes = [os.fsdecode(name) for name in names]
+    image_list = ImageList(folder, paths, [places.get(name, 0) for name in within], range(len(paths)))
+    image_list.classes, image_list.is_folder = names, True
     return Source(image_list, None if names else False)
+
+
+def expand_pattern(argument: str) -> list[str]:
+    """The names that a pattern such as *.jpg fits, which a shell may have left alone; else the argument itself."""
+    if os.path.exists(argument) or not glob.has_magic(argument):
+        return [argument]
+    return sorted(glob.glob(argument)) or [argument]
 
 
 def read_sources(arguments: Sequence[str], root: Path, labelled: bool) -> list[Source]:
     """The images that files, folders and lists name. labelled: folders hold class folders. Raises UserError."""
     sources, problems = [], []
-    for argument in arguments:
+    for argument in itertools.chain.from_iterable(map(expand_pattern, arguments)):
         found = []
         if os.path.isdir(argument) and not labelled:
             sources.append(read_plain_folder(argument))
-            if not len(sources[-1].image_list):
-                endings = ", ".join(SUFFIXES)
-                found.append(f"{printable(argument)}: no image in this folder; their names end in {endings}")
         elif os.path.isdir(argument) or looks_like_list(argument):
             # Of a list each line has a row, also that of a missing image.
             path = Path(argument)
             image_list, found = read_folder(path) if path.is_dir() else read_list(path, root, check_files=False)
-            sources.append(Source(image_list, True))
+            sources.append(Source(image_list, image_list.labelled))
         else:
-            sources.append(Source(ImageList(argument, [os.fsencode(argument)], [0], [0]), False))
+            sources.append(Source(ImageList(argument, [as_stored(os.fsencode(argument))], [0], [0]), False))
         problems += found
     if problems:
         raise ListsError(problems)
@@ -79,12 +90,13 @@ def label_source(source: Source, metadata: dict, model: Path, flag: str | None) 
     image_list, classes = source.image_list, metadata["classes"]
     if image_list.classes:
         folders = metadata.get("folders", classes)  # that --classes named otherwise
-        names = folders if set(image_list.classes) <= set(folders) else classes
-        strange = set(image_list.classes) - set(names)
+        names = folders if set(image_list.classes) <= set(map(same_name, folders)) else classes
+        strange = set(image_list.classes) - set(map(same_name, names))
         if strange and source.labelled is None and not flag:
             return False
         if problems := remap_labels(image_list, names):
-            fix = f"{printable(model)} was trained on other classes; rename the folders as those are named"
+            rename = "rename the folders as those are named" if image_list.is_folder else "use their names"
+            fix = f"{printable(model)} was trained on other classes; {rename}"
             raise UserError(*problems, fix)
         if source.labelled is None:
             what = "its folders are named as the model's classes, and taken as labels"

@@ -14,25 +14,40 @@ CHUNK = 1 << 16  # bytes of standard input read at a time, and more than any pat
 CHUNKS_AHEAD = 4  # what is read before it is needed, so that an endless pipe takes no more
 
 
+def is_utf16(start: bytes) -> bool:
+    """Whether text begins as UTF-16 does: with its mark, or with a NUL beside each of some letters."""
+    marked = start.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return marked or len(start) >= 8 and not (any(start[1:8:2]) and any(start[:8:2]))
+
+
 def read_lines(found: queue.Queue) -> None:
-    """Put the lines of standard input into a queue, a list a read; None after the last, or a UserError."""
-    rest, source = b"", getattr(sys.stdin, "buffer", None)
+    """Put the lines of standard input into a queue, a list a read; None after the last, or a UserError.
+
+    Where there is a NUL in what comes first, NULs end them.
+    """
+    rest, source, end = b"", getattr(sys.stdin, "buffer", None), None
     try:
         # Past the buffer: its lock, held by this thread while it waits, would keep the interpreter from ending.
         while source and (chunk := source.raw.read(CHUNK)):
-            *lines, rest = (rest + chunk).split(b"\n")
-            found.put(lines)
+            if end is None:
+                if is_utf16(chunk):
+                    found.put(UserError("standard input: looks like UTF-16; give it as UTF-8", status=1))
+                    return
+                chunk = chunk.removeprefix(b"\xef\xbb\xbf")
+                end = b"\0" if b"\0" in chunk else b"\n"  # as of `find -print0`, whose names may hold line breaks
+            *lines, rest = (rest + chunk).split(end)
+            found.put(lines if end == b"\0" else [line.rstrip(b"\r") for line in lines])
             if len(rest) > CHUNK:
                 found.put(UserError("standard input: a line too long for a path; give one path a line", status=1))
                 return
-        found.put([rest])
+        found.put([rest if end == b"\0" else rest.rstrip(b"\r")])
         found.put(None)
     except OSError as error:
         found.put(UserError(f"standard input: {os_reason(error)}; pipe paths into it, one a line", status=1))
 
 
 class StdinPaths:
-    """The paths on standard input, one per line, as rows (number, path) for `embed_batches`.
+    """The paths on standard input, one per line or NUL, as rows (number, path) for `embed_batches`.
 
     pending: rows that have arrived and have no answer, oldest first; given: how many of them are given out.
     """
@@ -69,7 +84,7 @@ class StdinPaths:
                 if isinstance(lines, UserError):
                     raise lines
                 self.ended = lines is None
-                paths = [line.rstrip(b"\r") for line in lines or () if line.strip()]
+                paths = [line for line in lines or () if line.strip()]
                 self.pending.extend(enumerate(paths, self.count))
                 self.count += len(paths)
                 if paths:

@@ -47,7 +47,7 @@ class AuditSplit:
 
     def line(self, place: int) -> int | None:
         """None of a folder, which has no lines."""
-        return None if self.image_list.classes else int(self.image_list.lines[self.rows[place]])
+        return None if self.image_list.is_folder else int(self.image_list.lines[self.rows[place]])
 
 
 @dataclass(frozen=True)

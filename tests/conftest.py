@@ -263,7 +263,7 @@ def add_line(name, line):
 
 
 def growth(work):
-    """Bytes of memory that some work takes at its peak, in a process of its own, since a process's peak only ever rises;
+    """Bytes of memory that some work takes at its peak, in a process of its own, since a peak only ever rises;
     it must end well.
     """
     import fuzz

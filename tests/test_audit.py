@@ -191,10 +191,31 @@ def table(path):
 
 def test_a_run_writes_the_page_and_the_table_and_names_both(few, tiny):
     out = go("--audit", "look.html", "--epochs", 1)
-    figures = r"\d+ probably wrong labels?, \d+ copies, \d+ strange photos?"
+    figures = r"0 probably wrong labels \(not judged: 6 training and 6 test photos\), \d+ copies, \d+ strange photos?"
     assert re.search(rf"^audit     look\.html and look\.csv: {figures}$", out, re.M)
     assert Path("look.html").read_text().endswith("</html>\n") and table("look.csv") is not None
     assert "--audit" not in out.splitlines()[-1]
+
+
+def test_photos_held_out_of_a_folder_are_judged_like_the_rest(photos, job):
+    os.rename("photos/red/9.png", "photos/blue/red.png")
+    found = set()
+    for seed in range(3):
+        status, out, err = job("--train", "photos", "--audit", "look.html", "--view-seed", seed, "--epochs", 20)
+        assert status == 0 and "not judged" not in out, err
+        where = "test" if "blue/red.png" in Path("best.test.txt").read_text() else "train"
+        rows = [row for row in table("look.csv") if row["kind"] == "label"]
+        assert [(row["list"], row["path"], row["suggestion"]) for row in rows] == [
+            (f"best.{where}.txt", "photos/blue/red.png", "red")
+        ]
+        found.add(where)
+    assert "test" in found
+
+
+def test_where_no_label_was_judged_the_page_says_so_instead_of_0(few, tiny):
+    go("--audit", "look.html", "--epochs", 1)
+    page = Path("look.html").read_text()
+    assert 'id="labels">–</span><p>Not judged: 6 training and 6 test photos</p>' in page
 
 
 def test_a_run_without_it_names_the_flag_at_its_end(few, tiny):
@@ -241,7 +262,6 @@ def test_with_a_cache_an_audit_makes_no_pass(few, tiny, decoded):
     ("path", "error"),
     [
         ("missing/look.html", "missing/look.html: can't write in missing ({}); name a file in another folder"),
-        ("best.html", "best.html: best.csv is written by this run already; name another file"),
         ("look.csv", "look.csv: look.csv is written by this run already; name another file"),
         ("red", "red: is a directory; name a file"),
         ("train.txt", "train.txt: is read by this run; name another file to write"),
@@ -257,9 +277,8 @@ def test_an_audit_of_the_smallest_lists_says_little_and_does_not_fail(tmp_path, 
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         Image.new("RGB", (40, 40), (math.prod(map(ord, name)) % 255, 9, 9)).save(f"{name}.png")
-    for lines in ("a.png 0\n", "a.png 0\nb.png 1\n"):
-        Path("train.txt").write_text(lines)
-        Path("test.txt").write_text(lines)
-        go("--audit", "look.html", "--epochs", 1)
-        assert {row["kind"] for row in table("look.csv")} <= {"leak", "outlier"}
-        assert "Too few photos to tell: half of them must leave two per class." in Path("look.html").read_text()
+    for name in ("train.txt", "test.txt"):
+        Path(name).write_text("a.png 0\nb.png 1\n")
+    go("--audit", "look.html", "--epochs", 1)
+    assert {row["kind"] for row in table("look.csv")} <= {"leak", "outlier"}
+    assert "Too few photos to tell: half of them must leave two per class." in Path("look.html").read_text()

@@ -1,8 +1,10 @@
 """The audit's page: its figures are the table's, names are text, nothing is fetched, a browser shows it well."""
 
 import csv
+import html
 import io
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from transfer.audit.findings import KINDS, AuditSplit, Finding
 from transfer.audit.label_errors import score_labels
 from transfer.audit.learning_curve import Curve
 from transfer.lists import ImageList
-from transfer.pages.audit_page import save_audit
+from transfer.pages.audit_page import TITLES, WORDS, save_audit
 
 
 def case(folder, classes=4, findings=5, name="class", path="photo"):
@@ -31,7 +33,7 @@ def case(folder, classes=4, findings=5, name="class", path="photo"):
         rows = torch.arange(count)
         dataset = train.ImageDataset(image_list, [0], 0)
         splits.append(AuditSplit(dataset, rows, torch.randn(count, 1, 8), image_list.labels))
-    logits = torch.randn(count, classes, generator=generator)
+    logits = torch.randn(count, classes, generator=generator) + 9 * torch.eye(classes).repeat(3, 1)
     qualities = tuple(score_labels(logits, split.labels) for split in splits)
     found = []
     for kind in KINDS:
@@ -67,7 +69,7 @@ def test_the_figures_are_those_of_the_table(tmp_path):
     assert page.count('<li class="card">') == 14 and page.count('<li class="card twin">') == 21
     label = next(row for row in rows if row["kind"] == "label")
     first = re.search(r'<li class="card">(.*?)</li>', page, re.S)[1]
-    assert f"labelled <b>{label['label']}</b>" in first and f"{label['suggestion']}?" in first
+    assert f"not <b>{label['label']}</b>? perhaps <b>{label['suggestion']}</b>" in first
     assert f"<span>{float(label['score']):.0%}</span>" in first
     assert f"{label['list']}:{label['line']} " in first
 
@@ -87,8 +89,29 @@ def test_of_many_findings_the_most_certain_are_shown_and_the_rest_named(tmp_path
 
 def test_where_nothing_was_found_the_page_says_so(tmp_path):
     page, rows, summary = written(tmp_path, *case(tmp_path, findings=0))
-    assert page.count("None found.") == 4 and '<li class="card' not in page
+    kinds = (
+        "one photo, two labels; test photos that are also training photos; photos that are there twice; strange photos"
+    )
+    assert f"<p>None found: labels that are probably wrong; {kinds}.</p>" in page and page.count("None found") == 1
+    assert 'id="labels"' in page and "href" not in page and '<li class="card' not in page
     assert rows == [] and summary.endswith("0 probably wrong labels, 0 copies, 0 strange photos")
+
+
+def test_findings_come_first_and_their_counts_are_links_to_them(tmp_path):
+    page, _, _ = written(tmp_path, *case(tmp_path, findings=3))
+    names = [html.unescape(re.sub("<[^>]*>", "", name)) for name in re.findall(r"<h2>(.*?)</h2>", page)]
+    assert names == [*TITLES.values(), "Would more photos help?", "Classes"]
+    links = re.findall(r'href="#(\w+)" id="(\w+)">', page)
+    assert links == [("label", "labels"), ("conflict", "copies"), ("outlier", "outliers")]
+    assert all(f'id="{kind}"' in page for kind in KINDS) and all(words in page for words in WORDS.values())
+
+
+def test_a_curve_that_zigzags_more_than_it_rises_promises_nothing(tmp_path):
+    audit, names = case(tmp_path)
+    points = torch.tensor([[0.5, 0.52], [0.6, 0.58], [0.52, 0.53]])
+    page, _, _ = written(tmp_path, replace(audit, curve=replace(audit.curve, accuracy=points)), names)
+    assert "Too few photos to tell: the points of the curve go up and down more than they rise." in page
+    assert "as expected" not in page and "points)" not in page and "as it would go on" not in page
 
 
 def test_the_curve_says_what_twice_the_photos_would_give_and_for_which_classes(tmp_path):

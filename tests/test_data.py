@@ -14,6 +14,7 @@ from transfer.console import UserError
 from transfer.data import check_split, list_text, load_data, share_folders, why_unlistable
 from transfer.files import backup_path
 from transfer.folders import read_folder
+from transfer.formats import heic_command
 from transfer.lists import ImageList, read_list
 
 
@@ -45,11 +46,15 @@ def test_a_name_that_no_list_can_hold_is_an_error_before_any_work(path, why):
 
 def test_a_fifth_of_each_class_is_held_out_and_both_lists_are_kept_beside_the_checkpoint(photos, quick):
     out = go("--train", "photos", "--out", "runs.pth", "--epochs", 1)
-    assert "data      30 images of 3 classes; a fifth of each is held out to test on\n" in out
+    sizes = "blue 10, green 10, red 10"
+    assert f"data      30 images of 3 classes: {sizes}\n" in out
     assert "best      epoch chosen on runs.test.txt\n" in out
     lists = {name: read_list(Path(f"runs.{name}.txt"), Path()) for name in ("train", "test")}
     assert not [problem for _, problems in lists.values() for problem in problems]
     paths = {name: set(image_list.paths()) for name, (image_list, _) in lists.items()}
+    held = len(paths["test"])
+    said = f"{30 - held} photos to train on, {held} ({held / 30:.0%}) held out to test on"
+    assert f"\nsplit     {said}; photos of one scene stay together\n" in out
     assert not paths["train"] & paths["test"] and paths["train"] | paths["test"] == set(
         read_folder(Path("photos"))[0].paths()
     )
@@ -174,7 +179,7 @@ def test_a_folder_that_is_already_split_is_trained_and_tested_on_as_it_says(spli
     split(*parts)
     Path("d/read me.txt").touch()
     out = go("--train", "d", "--epochs", 1)
-    assert "data      8 training and 8 test images of 2 classes\n" in out
+    assert "data      8 training and 8 test images of 2 classes: " in out
     assert f"          d is split already: {parts[0]} is trained on, {test} tests\n" in out
     assert f"best      epoch chosen on d/{test}\n" in out and not Path("best.test.txt").exists()
     assert load_checkpoint(Path("best.pth"))[1]["classes"] == ["green", "red"]
@@ -191,7 +196,7 @@ def test_where_a_folder_holds_both_val_chooses_the_epoch_and_test_is_scored_once
 
     monkeypatch.setattr(train, "train_head", spy)
     out = go("--train", "d", "--epochs", 1, "--finetune-epochs", 1, "--audit", "audit.html")
-    assert "data      8 training, 8 validation and 8 test images of 2 classes\n" in out
+    assert "data      8 training, 8 validation and 8 test images of 2 classes: " in out
     assert "d is split already: train is trained on, val chooses the epoch, test tests\n" in out
     assert "best      epoch chosen on d/val\n" in out and chosen == [b"d/val/green/0.png"]
     assert re.search(r"^epoch  train loss  train acc   val loss   val acc", out, re.MULTILINE)
@@ -244,6 +249,40 @@ def test_a_list_that_would_be_written_over_is_named_and_stays(photos, quick):
     status, _, err = run_main(train.main, "--train", "best.train.txt", "--weights", "none")
     assert status == 2 and "error: --out best.train.txt: is read by this run; name another file to write" in err
     assert Path("best.train.txt").read_text() == before
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+CONVERT = "find photos/red -iname '*.hei[cf]' -exec heif-convert {} {}.jpg \\; -exec mv {} {}.original \\; "
+
+
+def test_heic_photos_are_named_all_at_once_before_the_pass_with_how_to_convert_them(photos, decoded, monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    for number in range(12):
+        Path(f"photos/red/IMG_{number:02d}.HEIC").write_bytes(HEIC)
+    os.link("photos/blue/1.png", "photos/blue/no.heic")  # by name alone
+    status, out, err = run_main(train.main, "--train", "photos", "--weights", "none")
+    assert (status, out) == (2, "") and not decoded and "no.heic" not in err
+    lines = err.splitlines()
+    assert lines[:2] == ["error: photos/red/IMG_00.HEIC", "error: photos/red/IMG_01.HEIC"] and len(lines) == 11
+    total = "photos: 12 HEIC photos, which can't be read, 10 of them shown"
+    assert lines[-1] == f"error: {total}; to convert: {CONVERT}(needs libheif-examples)"
+
+
+def test_as_many_heic_photos_as_may_be_unreadable_are_skipped_with_a_word_beforehand(photos, capsys):
+    Path("photos/red/IMG.HEIC").write_bytes(HEIC)
+    assert len(load(Path("photos")).train) == 31
+    err = capsys.readouterr().err
+    assert err.startswith(
+        "warning: photos: 1 HEIC photo, which can't be read: photos/red/IMG.HEIC; skipped; to convert: "
+    )
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32", "linux", "freebsd14"])
+def test_the_command_that_converts_is_that_of_the_platform(monkeypatch, platform):
+    monkeypatch.setattr("sys.platform", platform)
+    command = heic_command(b"my pics")
+    tool = {"darwin": "sips", "win32": "magick"}.get(platform, "heif-convert")
+    assert tool in command and "'my pics'" in command and "{{" not in command
 
 
 def test_an_unreadable_photo_in_a_folder_is_skipped_and_in_neither_list(photos, quick, capsys):

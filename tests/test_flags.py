@@ -17,6 +17,22 @@ def test_a_rate_that_arithmetic_cannot_hold_is_found_before_training(job, rate):
     assert err.splitlines()[-1].endswith(f"argument --lr: '{rate}' is not a number above 0 and below 1e37")
 
 
+@pytest.mark.parametrize("script", ["train.py", "predict.py"])
+def test_where_the_environment_was_forgotten_one_line_says_how_to_activate_it(tmp_path, script):
+    for name in ("train.py", "predict.py", "transfer/__init__.py", "transfer/flags.py", "transfer/signals.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    for venv, fix in (
+        (True, "activate the environment: . .venv/bin/activate"),
+        (False, "pip install -r requirements.txt"),
+    ):
+        (tmp_path / ".venv").mkdir() if venv else (tmp_path / ".venv").rmdir()
+        command = [sys.executable, "-S", script, *(["photo.jpg"] if script == "predict.py" else [])]  # no packages
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"error: torch is not installed here; {fix}\n"
+
+
 def test_a_command_line_with_augment_ends_in_one_line_that_says_that_it_is_gone():
     status, out, err = run_main(parse_train_args, "--epochs", 1, "--augment", "auto")
     line = "--augment is gone: --views 4, the default, trains on random views too; --views 2 on none"

@@ -3,15 +3,18 @@
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import answer, go, rows_of
 
 import train
 from transfer.checkpoint import is_own, load_checkpoint
 from transfer.distributed import run_id
 from transfer.files import path_digest
-from transfer.history import History
+from transfer.history import History, class_sizes
+from transfer.lists import ImageList
 from transfer.metrics import Metrics
 
 
@@ -29,8 +32,19 @@ def test_the_header_and_the_last_lines_name_the_list_that_chose_the_epoch(colour
         metadata = load_checkpoint(Path("best.pth"))[1]
         assert metadata["chosen_on"] == chosen
         assert metadata["accuracy"] == max(float(row[f"{name}_accuracy"]) for row in rows_of())
-    assert "data      12 training and 12 test images of 3 classes" in lines
+    assert "data      12 training and 12 test images of 3 classes: red 4, green 4, blue 4" in lines
     assert metadata["train_images"] == 12  # the head is trained again on those that chose the epoch
+
+
+def test_of_many_classes_the_header_names_the_first_the_smallest_and_the_largest():
+    counts = [3, 3, 2, 9, 1, 4, 4]
+    labels = torch.arange(7).repeat_interleave(torch.tensor(counts))
+    image_list = ImageList("photos", [b"1.png"] * len(labels), labels.tolist(), range(len(labels)))
+    data = SimpleNamespace(train=image_list, classes=["Apfel", "banana", "c\x1b", "D" * 40, "e", "f", "g"])
+    words = "7 classes: Apfel 3, banana 3, c\\x1b 2, ...; smallest e 1, largest "
+    assert class_sizes(data) == f"{words}{'D' * 23}… 9"
+    data.train, data.classes = image_list.subset(torch.arange(8)), data.classes[:3]
+    assert class_sizes(data) == "3 classes: Apfel 3, banana 3, c\\x1b 2"
 
 
 def test_a_run_names_what_it_replaces_and_keeps_it(trained):

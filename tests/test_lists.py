@@ -281,10 +281,10 @@ def test_2000_mutated_lists_are_read_as_written_or_user_errors(lists, rng, extra
     check(content[:at] + extra + content[at:])
 
 
-def test_a_single_class_gets_a_warning_since_its_accuracy_says_nothing(job):
+def test_a_list_of_a_single_class_is_an_error(job):
     for name in ("train", "test"):
         lines = [line for line in Path(f"{name}.txt").read_text().splitlines() if line.endswith(" 0")]
         Path(f"{name}.txt").write_text("\n".join(lines))
     status, out, err = job()
-    assert status == 0 and "100.00%" in out
-    assert err == "warning: train.txt: all images have one label: with a single class, 100% right says nothing\n"
+    assert (status, out) == (2, "")
+    assert err == "error: train.txt: all images have one label; add images of another class\n"

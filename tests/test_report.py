@@ -12,7 +12,7 @@ from PIL import Image
 
 from transfer.console import UserError, printable
 from transfer.files import path_digest
-from transfer.metrics import ClassificationScores, ScoredImage, calibration_bins
+from transfer.metrics import ClassificationScores, ScoredImage, calibration_bins, rounded_percent
 from transfer.pages import report
 
 CURVES = [
@@ -90,15 +90,28 @@ def matrix_names(page, kind):
 def test_the_figures_are_the_scores(tmp_path, classes, images):
     given = case(classes, images)
     scores, page = given["scores"], written(tmp_path, given)
-    assert re.search(r'<span id="accuracy">([^<]*)</span>', page)[1] == f"{scores.accuracy:.2%}"
-    assert f"{scores.top3:.2%}" in page
-    assert "95% interval {:.1%} to {:.1%}".format(*scores.accuracy_interval) in page
+    assert re.search(r'<span id="accuracy">([^<]*)</span>', page)[1] == f"{scores.accuracy:.0%}"
+    assert f">{scores.top3:.0%}<" in page
+    assert "95% interval {:.0%} to {:.0%}".format(*scores.accuracy_interval) in page
     rows = {row[0]: row[2:6] for row in table(page)}
     assert len(rows) == classes
     for index, name in enumerate(given["classes"]):
         figures = [float(column[index]) for column in (scores.recall, scores.precision, scores.f1)]
         recall, precision, f1 = ("–" if math.isnan(figure) else f"{figure:.1%}" for figure in figures)
         assert rows[name] == [recall, f"{int(scores.images[index]):,}", precision, f1]
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "words"),
+    [(0.8, (0.55, 0.93), "80%"), (0.8123, (0.805, 0.82), "81.2%"), (0.81234, (0.812, 0.813), "81.23%")],
+)
+def test_a_figure_has_no_decimals_that_its_interval_does_not_have(value, interval, words):
+    assert rounded_percent(value, interval) == words
+
+
+def test_the_mistakes_come_first_and_the_settings_last(tmp_path):
+    names = re.findall("<h2>(.*?)</h2>", written(tmp_path, case(3, 12)))
+    assert names == ["Mistakes", "Classes", "Confusion matrix", "Confidence", "Learning curves", "Settings"]
 
 
 def test_the_table_lists_the_worst_recall_first_and_names_what_a_class_is_taken_for(tmp_path):
@@ -337,7 +350,7 @@ def test_a_browser_shows_it_without_errors_requests_or_sideways_scrolling(tmp_pa
     look = "return [document.documentElement.scrollWidth, innerWidth, document.getElementById('accuracy').textContent]"
     wide, window, accuracy = ask(browser, look)
     assert window == width and wide <= window
-    assert accuracy == f"{given['scores'].accuracy:.2%}"
+    assert accuracy == f"{given['scores'].accuracy:.0%}"
     look = """return ['rows', 'columns'].flatMap(side => {
         const svg = document.querySelector('.' + side), box = svg.getBoundingClientRect()
         return [...svg.querySelectorAll('text')].filter(text => {

@@ -40,9 +40,9 @@ def os_reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-def plural(count: int, noun: str) -> str:
-    """A number of things: 1 label, 2 labels."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+def plural(count: int, noun: str, nouns: str | None = None) -> str:
+    """A number of things: 1 label, 2 labels. nouns: where these are not the noun and an s."""
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
 
 
 def first_three(items: Sequence) -> str:

@@ -3,7 +3,8 @@
 import errno
 import itertools
 import os
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from transfer.classes import (
     remap_labels,
     renamed_classes,
 )
-from transfer.console import UserError, printable, warn
+from transfer.console import UserError, first_three, plural, printable, summarise, warn
 from transfer.crossval import group_split
 from transfer.depth import grey_bits_of
+from transfer.distributed import is_main_process
 from transfer.features import Split, Splits
 from transfer.files import backup_path
 from transfer.folders import check_depth, read_folder, split_folder
+from transfer.formats import heic_command, is_heic
 from transfer.lists import ImageList, check_lists, read_list
 from transfer.outputs import Output
 
@@ -77,8 +80,6 @@ def load_data(
     A folder that is already split gives all. Beside another training list a test.txt counts where both lists' classes
     have the same folders; else there is none, and test images are to be held out. Raises UserError.
     """
-    if train_path is None:
-        train_path, test_path = Path("train.txt"), test_path or Path("test.txt")
     train_path, val_path, test_path, notes = find_parts(train_path, test_path, val_split)
     train, problems = read_source(train_path, root)
     problems += check_depth(train_path, train) if train.is_folder else []
@@ -92,7 +93,9 @@ def load_data(
         problems += more + (match_labels(held_out[path], train, folders) if len(train) else [])
     val, test = held_out.get(val_path), held_out.get(test_path)
     check_lists(train, [*held_out.values()], problems)
+    check_classes(train, train_path)
     check_split(train, test, val_split)
+    check_heic(train, [*held_out.values()])
     grey_bits, depth = grey_bits_of(train)
     notes += [*renamed_classes(folders, classes), *depth]
     lists = [] if test else split_paths(out)
@@ -106,11 +109,13 @@ def load_data(
 
 
 def find_parts(
-    train_path: Path, test_path: Path | None, val_split: float | None
+    train_path: Path | None, test_path: Path | None, val_split: float | None
 ) -> tuple[Path, Path | None, Path | None, list[str]]:
     """What to train on, to choose the epoch on and to test on, and a line for the header where a folder is already
     split. Raises UserError.
     """
+    if train_path is None:
+        return Path("train.txt"), None, test_path or Path("test.txt"), []
     parts = split_folder(train_path) if train_path.is_dir() else None
     if parts is None:
         return train_path, None, test_path, []
@@ -158,6 +163,46 @@ def find_test_list(train_path: Path, train: ImageList, root: Path, *, quiet: boo
     return None
 
 
+def check_classes(train: ImageList, path: Path) -> None:
+    """Raises UserError where there is a single class; of a folder's it names the one below that was probably meant."""
+    if len(train.labels.unique()) > 1:
+        return
+    if not train.classes:
+        raise UserError(f"{train.name}: all images have one label; add images of another class")
+    below = inner = path / train.classes[0]
+    while len(folders := [each for each in inner.iterdir() if each.is_dir() and each.name[0] != "."]) == 1:
+        inner = folders[0]
+    why = f"{train.name}: a single class, {printable(train.classes[0])}"
+    if folders:
+        raise UserError(
+            f"{why}; the folders in {printable(inner)} are classes, perhaps: --train {shlex.quote(printable(inner))}"
+        )
+    raise UserError(f"{why}; put a second class's photos in a folder of their own beside {printable(below)}")
+
+
+def check_heic(train: ImageList, held_out: Sequence[ImageList]) -> None:
+    """Name the HEIC photos, which can't be read, all at once and before the pass, with how to convert them. Raises
+    UserError where they are more than a hundredth of the training images, or any that are held out.
+    """
+    name_heic(train, max(1, len(train) // 100))
+    for image_list in held_out:
+        name_heic(image_list, 0)
+
+
+def name_heic(image_list: ImageList, most: int) -> None:
+    """`check_heic` of one list, of which so many may be left out."""
+    rows = [row for row, path in enumerate(image_list.each_path()) if is_heic(path)]
+    if not rows:
+        return
+    lines = [image_list.where(row) for row in rows]
+    total = f"{image_list.name}: {plural(len(rows), 'HEIC photo')}, which can't be read"
+    fix = heic_command(os.path.commonpath([os.path.dirname(image_list.path(row)) for row in rows]))
+    fix = f"to convert: {fix}" if image_list.classes else f"name JPEGs in the list; to convert: {fix}"
+    if len(rows) > most:
+        raise UserError(*summarise(lines, total, fix))
+    warn(f"{total}: {first_three(lines)}; skipped; {fix}")
+
+
 def share_folders(train: ImageList, test: ImageList) -> bool:
     """Whether both lists are of the same classes: folders of one name hold the images of one label, in both."""
     if train.classes or test.classes:  # labels that are names are to be the same
@@ -201,7 +246,8 @@ def why_unlistable(path: bytes) -> str | None:
 
 
 def hold_out_test(split: Split, paths: list[Path], seed: int) -> tuple[Split, Split]:
-    """Hold a fifth of each class out to test, near-duplicates together; paths: what the lists of both will be called.
+    """Hold about a fifth of each class out to test, near-duplicates together, and say how many that are; paths: what
+    the lists of both will be called.
 
     Returns the training images and the test images. Raises UserError (status 1).
     """
@@ -212,6 +258,10 @@ def hold_out_test(split: Split, paths: list[Path], seed: int) -> tuple[Split, Sp
         half = whole.subset(rows)
         half.name, half.lines = printable(path), torch.arange(2, len(half) + 2, dtype=torch.int32)
         halves.append(Split(replace(split.dataset, image_list=half), split.features.subset(rows)))
+    trained, tested = (len(half.features.rows) for half in halves)
+    if is_main_process():
+        words = f"{tested:,} ({tested / (trained + tested):.0%}) held out to test on; photos of one scene stay together"
+        print(f"split     {trained:,} photos to train on, {words}", flush=True)
     return halves[0], halves[1]
 
 

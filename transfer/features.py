@@ -118,6 +118,11 @@ class Splits:
     val: Split
     test: Split
 
+    @property
+    def test_held_out(self) -> bool:
+        """Whether the test images are held out of the training images' source, with the same views."""
+        return self.test.features.chunks is self.trainval.features.chunks
+
 
 def extract_features(
     backbone: nn.Module,

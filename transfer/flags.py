@@ -3,8 +3,10 @@
 import argparse
 import contextlib
 import difflib
+import importlib.util
 import os
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -44,6 +46,8 @@ class Parser(argparse.ArgumentParser):
                 near = difflib.get_close_matches(name, self._option_string_actions, 1)
                 self.exit(2, f"error: there is no flag {name}{f'; did you mean {near[0]}?' if near else ''}\n")
             self.exit(2, f"error: {self.explain_path(args, text, path_flag)}\n")
+        if importlib.util.find_spec("torch") is None:
+            self.exit(2, f"error: torch is not installed here; {torch_fix()}\n")
         return args
 
     def explain_path(self, args: argparse.Namespace, text: str, path_flag: str | None) -> str:
@@ -54,6 +58,16 @@ class Parser(argparse.ArgumentParser):
         if path_flag and os.path.exists(text):
             return f"did you mean {path_flag} {shlex.quote(text)}?"
         return f"'{text}' belongs to no flag; a path with spaces needs quotes"
+
+
+def torch_fix() -> str:
+    """What to do where torch is missing: most often the environment was not activated in a new terminal."""
+    venv = Path(__file__).resolve().parent.parent / ".venv"
+    if not venv.is_dir() or Path(sys.prefix).resolve() == venv:
+        return "pip install -r requirements.txt"
+    script = venv / ("Scripts/Activate.ps1" if os.name == "nt" else "bin/activate")
+    shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    return f"activate the environment: {'' if os.name == 'nt' else '. '}{shlex.quote(str(shown))}"
 
 
 def int_at_least(least: int) -> Callable[[str], int]:
@@ -105,7 +119,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument_group("data").add_argument
     add("--train", type=Path, metavar="PATH", help="a list, or a folder of class folders (train.txt)")
-    add("--test", type=Path, metavar="PATH", help="likewise (test.txt beside it, or a fifth held out)")
+    add("--test", type=Path, metavar="PATH", help="likewise (test.txt beside it, or about a fifth held out)")
     add("--root", type=Path, default=".", metavar="DIR", help="where the paths in lists begin")
     add("--classes", type=Path, metavar="FILE", help="class names, one per line (folder names)")
     add("--val-split", type=open_unit_float, metavar="SHARE", help="choose the epoch on this share of --train")

@@ -14,29 +14,26 @@ from transfer.distributed import is_main_process
 from transfer.features import Splits
 from transfer.files import history_path, path_digest, save_atomically
 from transfer.flags import DEFAULT_LR
-from transfer.metrics import Metrics, wilson_interval
+from transfer.metrics import MAX_NAME_LENGTH, Metrics, wilson_interval
 from transfer.pretrained import Pretrained
 
 FEW_IMAGES = 100  # below which an accuracy is told with its interval: 16 points wide or more, at 80%
 LARGE_LR = 0.1  # of the head: 20 times the default
+SHOWN_CLASSES = 6  # with their sizes in the header; of more the first three, the smallest and the largest
 UNEVEN = 10  # times the images of the smallest class, beyond which the largest one calls for --balance
 
 
 def print_header(compute: Compute, pretrained: Pretrained, data: Data, history: "History", *, lr: float) -> None:
     """What the run computes on, starts from, trains on, and will replace. lr: of the head."""
-    warn(*pretrained.warnings)
     if lr > LARGE_LR:
         warn(f"--lr {lr:g} is very large, and the accuracy will be poor; the default is {DEFAULT_LR:g}")
-    num_classes = len(data.classes)
     print(f"device    {compute.device}, {compute.precision}")
     print(f"backbone  {pretrained.description}")
+    val = f", {len(data.val):,} validation" if data.val else ""
+    images = f"{len(data.train):,} images"
     if data.test:
-        val = f", {len(data.val):,} validation" if data.val else ""
-        print(
-            f"data      {len(data.train):,} training{val} and {len(data.test):,} test images of {num_classes} classes"
-        )
-    else:
-        print(f"data      {len(data.train):,} images of {num_classes} classes; a fifth of each is held out to test on")
+        images = f"{len(data.train):,} training{val} and {len(data.test):,} test images"
+    print(f"data      {images} of {class_sizes(data)}")
     print("".join(f"{note}\n" for note in data.notes), end="")
     counts = [(count, label) for label, count in enumerate(data.train.labels.bincount().tolist()) if count]
     if max(counts)[0] > UNEVEN * min(counts)[0] and not history.balanced:
@@ -45,6 +42,24 @@ def print_header(compute: Compute, pretrained: Pretrained, data: Data, history: 
     print(f"best      epoch chosen on {data.chosen_on}", flush=True)
     if existing := describe_existing(history.checkpoint):
         print(f"replaces  {existing}", flush=True)
+
+
+def class_sizes(data: Data) -> str:
+    """How many classes there are, and their names with their training images: of many the smallest and largest."""
+    counts = data.train.labels.bincount(minlength=len(data.classes)).tolist()
+    names = [f"{shortened(printable(name))} {count:,}" for name, count in zip(data.classes, counts, strict=True)]
+    words = plural(len(names), "class", "classes")
+    if len(names) <= SHOWN_CLASSES:
+        return f"{words}: {', '.join(names)}"
+    order = sorted(range(len(names)), key=lambda label: counts[label])
+    return (
+        f"{words}: {', '.join(names[: SHOWN_CLASSES - 3])}, ...; smallest {names[order[0]]}, largest {names[order[-1]]}"
+    )
+
+
+def shortened(name: str) -> str:
+    """A name, of a long one its beginning."""
+    return name if len(name) <= MAX_NAME_LENGTH else f"{name[: MAX_NAME_LENGTH - 1]}…"
 
 
 def run_metadata(flags: dict, data: Data, pretrained: Pretrained, splits: Splits, *, compute: Compute) -> dict:

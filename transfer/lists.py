@@ -202,8 +202,6 @@ def check_lists(train: ImageList, held_out: Sequence[ImageList], problems: Seque
         warn(f"{train.name}: labels start at {len(gaps)}, not at 0: no image has label {first_three(gaps)}")
     elif gaps:
         warn(f"{train.name}: no image has label {first_three(gaps)}: its class can never be learned")
-    if (known > 0).sum() == 1:
-        warn(f"{train.name}: all images have one label: with a single class, 100% right says nothing")
     if single := torch.nonzero(known == 1).flatten().tolist():
         warn(f"{train.name}: only one image has label {first_three(single)}: its class is learned by heart")
 

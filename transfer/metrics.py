@@ -200,6 +200,12 @@ def percent(value: float) -> str:
     return NONE if math.isnan(value) else f"{value:.1%}"
 
 
+def rounded_percent(value: float, interval: tuple[float, float]) -> str:
+    """A share in percent, with no decimals that its interval does not have."""
+    width = interval[1] - interval[0]
+    return f"{value:.{0 if width > 0.02 else 1 if width > 0.002 else 2}%}"
+
+
 def classification_report(scores: ClassificationScores, classes: Sequence[str]) -> str:
     """Accuracy, then a line per class, worst recall first, then means over the classes with images."""
     lines = []

@@ -137,6 +137,7 @@ def load_pretrained(weights: str | None, arch: str) -> Pretrained:
     if weights == "imagenet" or arch != BUNDLED_ARCH:
         raise UserError(f"ImageNet weights can't be downloaded ({reason}); {fix}")
     bundled = relative_path(BUNDLED_WEIGHTS)
-    caveat = f"no ImageNet weights ({reason}): using the bundled {bundled}, which is far weaker"
-    warnings = [caveat, f"for the real ones, {fix}"]
-    return Pretrained(load_backbone(BUNDLED_WEIGHTS, arch), f"{name}, {bundled} (bundled)", warnings)
+    caveat = (
+        f"no ImageNet weights ({reason}): used the bundled {bundled}, which is far weaker; for the real ones, {fix}"
+    )
+    return Pretrained(load_backbone(BUNDLED_WEIGHTS, arch), f"{name}, {bundled} (bundled)", [caveat])

@@ -1,5 +1,6 @@
 """The audit: wrong labels, copies, strange photos and too few photos, found in the lists by their kept features."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,13 @@ class Audit:
     qualities: tuple[LabelQuality, LabelQuality]
     curve: Curve | None
     findings: list[Finding]
+
+    def not_judged(self) -> str:
+        """The photos whose labels were not judged, in words: of these the models know too little. Else nothing."""
+        parts = zip((self.train, self.test), self.qualities, ("training", "test"), strict=True)
+        counts = [(len(split.rows), name) for split, quality, name in parts if quality.weak]
+        noun = "photo" if counts and counts[-1][0] == 1 else "photos"
+        return f"{' and '.join(f'{count:,} {name}' for count, name in counts)} {noun}" if counts else ""
 
     def of_kind(self, kind: str) -> list[Finding]:
         return [finding for finding in self.findings if finding.kind == kind]
@@ -60,8 +68,44 @@ def outlier_findings(split: AuditSplit, distances: Tensor, usual: Tensor) -> lis
     return [Finding("outlier", split, place, min(1.0, float(scores[place]))) for place in places]
 
 
+def judge_labels(
+    parts: Sequence[AuditSplit],
+    found: Sequence[tuple[int, int, Tensor, Tensor]],
+    test_logits: Tensor | None,
+    *,
+    num_classes: int,
+    lrs: Sequence[float],
+    batch_size: int,
+) -> tuple[LabelQuality, LabelQuality]:
+    """What heads that did not see an image make of its label: of the training images and the test images.
+
+    found: the copies, as `find_copies` has them; test_logits: (n, C), by which the test images are judged; None where
+    heads out of fold judge them with the training images.
+    """
+    judged, first = parts if test_logits is None else parts[:1], (0, len(parts[0].rows))
+    labels = torch.cat([part.labels for part in judged])
+    among = [
+        pairs + torch.tensor([first[query], first[key]])
+        for query, key, pairs, _ in found
+        if max(query, key) < len(judged)
+    ]
+    quality = score_labels_out_of_fold(
+        torch.cat([part.features for part in judged]) if len(judged) > 1 else parts[0].features,
+        labels,
+        copy_groups(labels, torch.cat(among)),
+        num_classes=num_classes,
+        lrs=lrs,
+        batch_size=batch_size,
+    )
+    if test_logits is not None:
+        return quality, score_labels(test_logits, parts[1].labels)
+    return quality.part(slice(first[1])), quality.part(slice(first[1], None))
+
+
 def audit_splits(splits: Splits, test_logits: Tensor, hparams: Hyperparameters, compute: Compute) -> Audit:
-    """Audit the training images by heads out of fold, and the test images by the final model's logits (n, C)."""
+    """Audit the training images by heads out of fold, and the test images by the final model's logits (n, C); those
+    that were held out of the training images' source by heads out of fold too.
+    """
     train, test = parts = AuditSplit.from_split(splits.trainval), AuditSplit.from_split(splits.test)
     num_classes = test_logits.shape[1]
     work = len(train.labels) * num_classes
@@ -71,15 +115,8 @@ def audit_splits(splits: Splits, test_logits: Tensor, hparams: Hyperparameters, 
         for query, key in ((0, 0), (1, 1), (1, 0))
     }
     found = find_copies(parts, {ends: places for ends, (_, places) in near.items()}, compute)
-    train_quality = score_labels_out_of_fold(
-        train.features,
-        train.labels,
-        copy_groups(train, found[0][2]),
-        num_classes=num_classes,
-        lrs=lrs,
-        batch_size=hparams.batch_size,
-    )
-    qualities = train_quality, score_labels(test_logits, test.labels)
+    judge = None if splits.test_held_out else test_logits
+    qualities = judge_labels(parts, found, judge, num_classes=num_classes, lrs=lrs, batch_size=hparams.batch_size)
     findings = list(copy_findings(parts, qualities, found))
     for number, (part, quality) in enumerate(zip(parts, qualities, strict=True)):
         findings += label_findings(part, quality)

@@ -166,10 +166,10 @@ def connected_components(count: int, links: Tensor) -> Tensor:
     return lowest
 
 
-def copy_groups(split: AuditSplit, pairs: Tensor) -> Tensor:
-    """Groups (n,) of copies of one label, numbered from 0; other images are alone."""
-    same = split.labels[pairs[:, 0]] == split.labels[pairs[:, 1]]
-    return connected_components(len(split.labels), pairs[same].T).unique(return_inverse=True)[1]
+def copy_groups(labels: Tensor, pairs: Tensor) -> Tensor:
+    """Groups (n,) of copies of one label, numbered from 0; other images are alone. labels: (n,); pairs: (Q, 2)."""
+    same = labels[pairs[:, 0]] == labels[pairs[:, 1]]
+    return connected_components(len(labels), pairs[same].T).unique(return_inverse=True)[1]
 
 
 def copy_findings(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ class LabelQuality:
     @property
     def weak(self) -> bool:
         return self.power < WEAK
+
+    def part(self, places: slice) -> "LabelQuality":
+        """That of some of the images alone."""
+        confidence, error_prob, suggested = self.confidence[places], self.error_prob[places], self.suggested[places]
+        return replace(self, confidence=confidence, error_prob=error_prob, suggested=suggested)
 
     @property
     def suspects(self) -> Tensor:

@@ -16,6 +16,9 @@ from transfer.crossval import (
 
 SHARES, DRAWS = (1 / 8, 1 / 4, 1 / 2, 1), 3  # of the training images, and how often each is drawn
 
+FEW_POINTS = 0.01  # of accuracy, that are not worth the double of photos
+FEW_IMAGES = 5  # of a class, which say nothing of it
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -38,11 +41,24 @@ class Curve:
         exponents = (logs[:, None] * errors.log()).sum(0) / logs.square().sum()
         return (1 - errors[-1].mean() * 2 ** exponents.clamp(-1, 0)).tolist()
 
+    @property
+    def unclear(self) -> bool:
+        """Whether its points zigzag more than they rise: the falls of each draw, on average, exceed the rise."""
+        rise = (self.accuracy[-1] - self.accuracy[0]).mean()
+        falls = -self.accuracy.diff(dim=0).clamp(max=0).sum(0).mean()
+        return bool(falls > rise.clamp_min(FEW_POINTS))
+
     def growing(self) -> list[tuple[int, float]]:
-        """The classes whose recall the last doubling raised by more than two standard errors, and by how much."""
+        """The classes whose recall the last doubling raised by more than chance does in one run of forty for any class
+        at all, and by how much. A right and a wrong one are added to each (Agresti & Caffo 2000), as of few images all
+        may be right by chance.
+        """
         half, full = self.recall[-2:].double()
-        spread = ((half * (1 - half) + full * (1 - full)) / self.images).sqrt()
-        clear = (full - half > 2 * spread).nonzero().flatten().tolist()  # false for NaN
+        odds = [(recall * self.images + 1) / (self.images + 2) for recall in (half, full)]
+        spread = (sum(each * (1 - each) for each in odds) / (self.images + 2)).sqrt()
+        deviations = torch.special.ndtri(torch.tensor(1 - 0.025 / len(half), dtype=torch.float64))
+        clear = (full - half > deviations * spread) & (self.images >= FEW_IMAGES)  # false for NaN
+        clear = clear.nonzero().flatten().tolist()
         return sorted(((label, float(full[label] - half[label])) for label in clear), key=lambda each: -each[1])
 
 

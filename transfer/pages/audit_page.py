@@ -7,9 +7,10 @@ from pathlib import Path
 from transfer.audit.audit import Audit
 from transfer.audit.findings import AuditSplit, Finding, save_findings
 from transfer.audit.label_errors import LabelQuality
-from transfer.audit.learning_curve import Curve
+from transfer.audit.learning_curve import FEW_POINTS, Curve
 from transfer.console import plural, printable
 from transfer.files import save_atomically
+from transfer.metrics import NONE
 from transfer.outputs import table_path
 from transfer.pages.html import (
     BOTTOM,
@@ -29,7 +30,6 @@ from transfer.pages.html import (
 )
 
 SHOWN = 24  # findings of a kind
-FEW_POINTS = 0.01  # of accuracy, that are not worth the double of photos
 TITLES = {
     "label": "Labels that are probably wrong",
     "conflict": "One photo, two labels",
@@ -38,13 +38,16 @@ TITLES = {
     "outlier": "Strange photos",
 }
 WORDS = {
+    "label": "Look at each photo. If the label is wrong, move the photo to the right folder or correct its line in the "
+    "list, then train again; if it is right, leave it.",
     "conflict": "The same photo, perhaps resized, recompressed, cropped or mirrored, with two labels. One of them is "
-    "wrong: probably the first.",
+    "wrong: probably the first. Delete that one, or correct its label.",
     "leak": "The same photo in both lists makes the test accuracy look better than it is: remove it from one of them.",
     "duplicate": "The same photo twice with one label counts twice in training. Different photos of one scene are not "
-    "meant: they do no harm.",
+    "meant: they do no harm. Delete one of the two, or leave them: they do little harm.",
     "outlier": "Far from every training photo, by the distance to its 8th nearest: perhaps a screenshot or another "
-    "subject, put there by mistake, perhaps a rare but right photo.",
+    "subject, put there by mistake, perhaps a rare but right photo. Delete what does not belong to its class; keep the "
+    "rest.",
 }
 
 
@@ -71,8 +74,8 @@ def finding_card(finding: Finding, classes: Sequence[str]) -> str:
         picture = f'<div class="twins">{picture}{thumbnail(finding.other_path, f"labelled {other}")}</div>'
         where += place_of(split, place)
     elif finding.suggestion is not None:
-        name = escape(classes[finding.suggestion])
-        guess = f'<div class="guess wrong"><span title="{name}">{name}?</span><span>{finding.score:.0%}</span>'
+        caption = f"not <b>{label}</b>? perhaps <b>{escape(classes[finding.suggestion])}</b>"
+        guess = f'<div class="guess wrong"><span>probably wrong</span><span>{finding.score:.0%}</span>'
         guess += f'<i style="--share:{finding.score:.1%}"></i></div>'
     kind = "card twin" if finding.other else "card"
     return f'<li class="{kind}">{picture}<div><p class="true">{caption}</p>{guess}</div>{where}</li>'
@@ -82,23 +85,34 @@ def label_words(quality: LabelQuality, name: str, images: int) -> str:
     """How many labels of a list are probably wrong, and how many of such errors the model can find at all."""
     power = f"Of wrong labels it finds about {10 * quality.power:.0f} in 10"
     if quality.weak:
-        return f"<p>{escape(name)}: not checked. The model knows these classes too little. {power}.</p>"
+        return (
+            f"<p>{escape(name)}: {images:,} photos not judged. The model knows these classes too little. {power}.</p>"
+        )
     return (
         f"<p>{escape(name)}: {plural(len(quality.suspects), 'label')} of {images:,} probably wrong. "
         f"Estimate: {quality.noise_rate:.1%} of the labels are wrong. {power}.</p>"
     )
 
 
+def judged_words(audit: Audit) -> str:
+    """What was made of the labels of both lists."""
+    parts = zip((audit.train, audit.test), audit.qualities, strict=True)
+    return "".join(label_words(quality, split.image_list.name, len(split.rows)) for split, quality in parts)
+
+
+def nothing_found(audit: Audit) -> str:
+    """The kinds of which nothing was found, in one line; nothing where all kinds were."""
+    kinds = [kind for kind in TITLES if not audit.of_kind(kind)]
+    if not kinds:
+        return ""
+    words = "; ".join(TITLES[kind][0].lower() + TITLES[kind][1:] for kind in kinds)
+    return f"<p>None found: {words}.</p>{judged_words(audit) if 'label' in kinds else ''}"
+
+
 def findings_section(audit: Audit, kind: str, classes: Sequence[str], table: str) -> str:
+    """What was found of a kind, some at least, and what to do about it."""
     found = audit.of_kind(kind)
-    parts = [f"<p>{WORDS[kind]}</p>"] if found and kind in WORDS else []
-    if kind == "label":
-        parts += [
-            label_words(quality, split.image_list.name, len(split.rows))
-            for split, quality in zip((audit.train, audit.test), audit.qualities, strict=True)
-        ]
-    if not found:
-        return "".join(parts) or "<p>None found.</p>"
+    parts = [f"<p>{WORDS[kind]}</p>", judged_words(audit) if kind == "label" else ""]
     if len(found) > SHOWN:
         parts.append(f"<p>The {SHOWN} most certain of {len(found):,}; all are in {escape(table)}.</p>")
     return f'{"".join(parts)}<ul class="cards">{"".join(finding_card(each, classes) for each in found[:SHOWN])}</ul>'
@@ -132,6 +146,8 @@ def balance_table(audit: Audit, classes: Sequence[str]) -> str:
 
 def curve_words(curve: Curve, classes: Sequence[str]) -> str:
     """What twice the photos would give, as far as the curve shows, and for which classes."""
+    if curve.unclear:
+        return "<p>Too few photos to tell: the points of the curve go up and down more than they rise.</p>"
     now, ahead = float(curve.accuracy[-1].mean()), curve.doubled()
     expected = sum(ahead) / len(ahead)
     spread = f" ({min(ahead):.1%} to {max(ahead):.1%} by the draw)"
@@ -150,11 +166,11 @@ def curve_words(curve: Curve, classes: Sequence[str]) -> str:
 
 def curve_chart(curve: Curve) -> str:
     """Accuracy by training images, on a logarithmic axis, and the double of all as a dashed line."""
-    sizes = [*curve.sizes, 2 * curve.sizes[-1]]
+    sizes = [*curve.sizes, *([] if curve.unclear else [2 * curve.sizes[-1]])]
     first, extent = math.log(sizes[0]), math.log(sizes[-1] / sizes[0])
     xs = [LEFT + 14 + (RIGHT - LEFT - 28) * (math.log(size) - first) / extent for size in sizes]
     means = curve.accuracy.mean(1).tolist()
-    expected = sum(curve.doubled()) / curve.accuracy.shape[1]
+    expected = [] if curve.unclear else [sum(curve.doubled()) / curve.accuracy.shape[1]]
 
     def y(share: float) -> float:
         return BOTTOM - share * (BOTTOM - TOP)
@@ -163,27 +179,48 @@ def curve_chart(curve: Curve) -> str:
     parts = [axes(across, [(tick / 5, f"{tick / 5:.0%}") for tick in range(6)], "training images")]
     points = [f"{x:.1f} {y(mean):.1f}" for x, mean in zip(xs, means)]
     parts.append(f'<path class="line blue" d="M{points[0]}L{"L".join(points[1:])}"/>')
-    parts.append(svg_line((xs[-2], y(means[-1])), (xs[-1], y(expected)), "line blue dash"))
+    parts += [svg_line((xs[-2], y(means[-1])), (xs[-1], y(each)), "line blue dash") for each in expected]
     for x, draws in zip(xs, curve.accuracy.tolist()):
         parts += [f'<circle class="blue" cx="{x:.1f}" cy="{y(each):.1f}" r="3"/>' for each in draws]
-    for x, mean in zip(xs, [*means, expected]):
+    for x, mean in zip(xs, [*means, *expected]):
         parts.append(svg_text(x, y(mean) - 14, f"{mean:.0%}", "mid ink"))
     label = "Cross-validated accuracy by training images: "
-    label += ", ".join(f"{mean:.1%} of {size:,}" for size, mean in zip(sizes, [*means, expected], strict=True))
-    return f"<figure>{svg(WIDTH, HEIGHT, f'{label}, the last as expected', ''.join(parts))}</figure>"
+    label += ", ".join(f"{mean:.1%} of {size:,}" for size, mean in zip(sizes, [*means, *expected], strict=True))
+    label += ", the last as expected" if expected else ""
+    return f"<figure>{svg(WIDTH, HEIGHT, label, ''.join(parts))}</figure>"
 
 
 def curve_section(curve: Curve | None, classes: Sequence[str]) -> str:
     if curve is None:
         return "<p>Too few photos to tell: half of them must leave two per class.</p>"
-    key = (
-        '<p class="key"><span><i class="blue"></i>mean of the draws</span>'
-        '<span><i class="blue dash"></i>as it would go on</span></p>'
-    )
+    ahead = "" if curve.unclear else '<span><i class="blue dash"></i>as it would go on</span>'
+    key = f'<p class="key"><span><i class="blue"></i>mean of the draws</span>{ahead}</p>'
     return f"{curve_words(curve, classes)}{key}{curve_chart(curve)}"
 
 
 # The page
+
+
+def headline(audit: Audit, counts: dict[str, int]) -> str:
+    """How much was found, large, and what was not judged; a count is a link to what it counts."""
+    skipped, copies = audit.not_judged(), ("conflict", "leak", "duplicate")
+    none = all(quality.weak for quality in audit.qualities)
+    parts = []
+    for name, key, kinds in (
+        ("Probably wrong labels", "labels", ("label",)),
+        ("Copies", "copies", copies),
+        ("Strange photos", "outliers", ("outlier",)),
+    ):
+        count, first = sum(counts[kind] for kind in kinds), next((kind for kind in kinds if counts[kind]), None)
+        figure = f"{count:,}" if key != "labels" or not none else NONE
+        big = (
+            f'<a class="big" href="#{first}" id="{key}">{figure}</a>'
+            if first
+            else f'<span class="big" id="{key}">{figure}</span>'
+        )
+        note = f"<p>Not judged: {skipped}</p>" if key == "labels" and skipped else ""
+        parts.append(f'<div><p class="name">{name}</p>{big}{note}</div>')
+    return "".join(parts)
 
 
 def save_audit(path: Path, audit: Audit, classes: Sequence[str], model: Path) -> str:
@@ -194,29 +231,27 @@ def save_audit(path: Path, audit: Audit, classes: Sequence[str], model: Path) ->
     lists = " and ".join(escape(split.image_list.name) for split in (audit.train, audit.test))
     counts = {kind: len(audit.of_kind(kind)) for kind in TITLES}
     copies = counts["conflict"] + counts["leak"] + counts["duplicate"]
-    figures = (
-        ("Probably wrong labels", "labels", counts["label"]),
-        ("Copies", "copies", copies),
-        ("Outliers", "outliers", counts["outlier"]),
-    )
-    stats = "".join(
-        f'<div><p class="name">{name}</p><span class="big" id="{key}">{count:,}</span></div>'
-        for name, key, count in figures
-    )
+    stats = headline(audit, counts)
     table = table_path(path, model)
     header = (
         f'<p class="eyebrow">Photo audit</p><h1>{lists}</h1><p class="lede">{len(audit.train.rows):,} training and '
         f"{len(audit.test.rows):,} test images of {len(classes):,} classes, checked with {escape(model)}’s network. "
         f'All findings, one row each: {escape(table)}.</p><div class="stats even">{stats}</div>'
     )
-    sections = [(TITLES[kind], findings_section(audit, kind, classes, str(table)), "") for kind in TITLES]
+    sections = [
+        (f'<span id="{kind}">{TITLES[kind]}</span>', findings_section(audit, kind, classes, str(table)), "")
+        for kind in TITLES
+        if counts[kind]
+    ]
+    sections += [("Nothing found", none, "")] if (none := nothing_found(audit)) else []
     sections.append(("Would more photos help?", curve_section(audit.curve, classes), "whole"))
     sections.append(("Classes", balance_table(audit, classes), "whole"))
     found = plural(sum(counts.values()), "finding")
     save_findings(table, audit.findings, classes)
     save_atomically(path, page(f"Audit of {lists}: {found}", header, sections).encode())
     words = (
-        plural(counts["label"], "probably wrong label"),
+        plural(counts["label"], "probably wrong label")
+        + (f" (not judged: {skipped})" if (skipped := audit.not_judged()) else ""),
         f"{copies:,} copies",
         plural(counts["outlier"], "strange photo"),
     )

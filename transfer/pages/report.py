@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from transfer.files import history_path, path_digest, save_atomically
-from transfer.metrics import BINS, NONE, ClassificationScores, ScoredImage, calibration_bins, percent
+from transfer.metrics import BINS, NONE, ClassificationScores, ScoredImage, calibration_bins, percent, rounded_percent
 from transfer.pages.html import (
     BOTTOM,
     HEIGHT,
@@ -64,8 +64,9 @@ def headline(scores: ClassificationScores, ece: float) -> str:
         ("Top-3 accuracy", 'class="big"', scores.top3, scores.top3_interval),
     )
     parts = [
-        f'<div><p class="name">{name}</p><span {kind}>{value:.2%}</span>{interval_strip(value, interval)}'
-        f"<p>95% interval {interval[0]:.1%} to {interval[1]:.1%}</p></div>"
+        f'<div><p class="name">{name}</p><span {kind}>{rounded_percent(value, interval)}</span>'
+        f"{interval_strip(value, interval)}<p>95% interval {rounded_percent(interval[0], interval)} to "
+        f"{rounded_percent(interval[1], interval)}</p></div>"
         for name, kind, value, interval in figures
     ]
     parts.append(
@@ -441,14 +442,16 @@ def save_report(
     header = (
         f'<p class="eyebrow">Image classifier report</p><h1>{escape(model)}</h1><p class="lede">Tested on the '
         f"{len(images):,} images of {escape(list_name)}, {len(classes):,} classes.</p>"
-        f"{headline(scores, calibration_bins(confidence, right)[-1])}{chosen_note(metadata, lists)}{facts(metadata)}"
+        f"{headline(scores, calibration_bins(confidence, right)[-1])}{chosen_note(metadata, lists)}"
     )
+    accuracy = rounded_percent(scores.accuracy, scores.accuracy_interval)
     sections = (
-        ("Learning curves", learning_curves(read_history(model)), "whole"),
-        ("Confusion matrix", confusion_matrix(scores, classes), "whole"),
+        ("Mistakes", gallery(images, classes), ""),
         ("Classes", recall_table(scores, classes), "whole"),
-        ("Images", gallery(images, classes), ""),
+        ("Confusion matrix", confusion_matrix(scores, classes), "whole"),
         ("Confidence", confidence_section(scores, confidence, right), "whole"),
+        ("Learning curves", learning_curves(read_history(model)), "whole"),
+        *([("Settings", settings, "")] if (settings := facts(metadata)) else []),
     )
-    text = page(f"{escape(model)}: {scores.accuracy:.2%} of {escape(list_name)}", header, sections)
+    text = page(f"{escape(model)}: {accuracy} of {escape(list_name)}", header, sections)
     save_atomically(path, text.encode())

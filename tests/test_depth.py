@@ -47,9 +47,9 @@ def test_the_bits_of_a_list_are_those_of_its_brightest_image(scans):
 def test_training_and_prediction_see_such_images_alike_and_the_header_says_so(scans, tiny, monkeypatch):
     seen, embed = [], train.draw_views
 
-    def spy(image, views, *rest):
+    def spy(image, views, *rest, **options):
         seen.append(np.asarray(image).max())
-        return embed(image, views, *rest)
+        return embed(image, views, *rest, **options)
 
     monkeypatch.setattr(train, "draw_views", spy)
     monkeypatch.setattr(predict, "draw_views", spy)

@@ -194,8 +194,10 @@ def test_an_impossible_output_is_found_before_training(job, out, problem):
     ],
 )
 def test_an_output_that_would_destroy_an_input_or_a_device_is_found_before_training(job, options, problem):
-    for name in ("data.csv", "o.previous.csv", "best.previous.pth"):
-        shutil.copy("train.txt", name)
+    shutil.copy("train.txt", "best.previous.pth")
+    table = "path,label\n" + Path("train.txt").read_text().replace(" ", ",")
+    for name in ("data.csv", "o.previous.csv"):
+        Path(name).write_text(table)
     Path("names").write_text("red\ngreen\nblue\n")
     Path("old.pth").write_bytes(b"weights")
     os.symlink("test.txt", "link.pth")

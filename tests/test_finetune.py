@@ -185,7 +185,9 @@ def test_fine_tuning_trains_on_no_view_that_was_not_asked_for(few, monkeypatch, 
 
     def fine_tune(*args, **kwargs):
         monkeypatch.setattr(
-            train, "draw_views", lambda image, views, *rest: drawn.update(views) or draw(image, views, *rest)
+            train,
+            "draw_views",
+            lambda image, views, *rest, **options: drawn.update(views) or draw(image, views, *rest, **options),
         )
         prepare(*args, **kwargs)
         raise KeyboardInterrupt

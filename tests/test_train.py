@@ -122,7 +122,9 @@ def test_an_epoch_trains_once_on_each_of_its_views_and_no_other_is_made(colours,
         return batches(features, rows, views, batch_size)
 
     monkeypatch.setattr(Features, "batches", spy)
-    monkeypatch.setattr(train, "ImageDataset", lambda *args: drawn.append(list(args[1])) or dataset(*args))
+    monkeypatch.setattr(
+        train, "ImageDataset", lambda *args, **options: drawn.append(list(args[1])) or dataset(*args, **options)
+    )
     go("--epochs", 4, "--views", views)
     assert used == expected and drawn == [[0], [*range(views)]]
 

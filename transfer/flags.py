@@ -119,7 +119,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument_group("data").add_argument
     add("--train", type=Path, metavar="PATH", help="a list, or a folder of class folders (train.txt)")
-    add("--test", type=Path, metavar="PATH", help="likewise (test.txt beside it, or about a fifth held out)")
+    add("--test", type=Path, metavar="PATH", help="likewise (test.txt beside it, or held out)")
     add("--root", type=Path, default=".", metavar="DIR", help="where the paths in lists begin")
     add("--classes", type=Path, metavar="FILE", help="class names, one per line (folder names)")
     add("--val-split", type=open_unit_float, metavar="SHARE", help="choose the epoch on this share of --train")

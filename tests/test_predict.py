@@ -22,6 +22,7 @@ import train
 from transfer.checkpoint import load_checkpoint
 from transfer.console import UserError, printable
 from transfer.images import ImageError
+from transfer.outputs import STARTS
 
 
 def test_predict_names_the_foods_and_has_the_accuracy_that_training_printed(sample_run):
@@ -170,12 +171,13 @@ def test_a_report_of_no_model_is_one_line(model, wrong):
 
 def test_a_report_replaces_the_one_before_it_whole(model, quick_model):
     Path("list.txt").write_text("red.png 0\ngreen.png 1\n")
-    Path("report.html").write_text("the old one" * 10**6)
+    old = STARTS["a page of ours"].decode() + "the old one" * 10**6
+    Path("report.html").write_text(old)
     os.link("report.html", "kept.html")  # what writes into the old file would change this too
     out, _ = answer("list.txt", "--report", "report.html")
     assert out.endswith("\nreport saved in report.html\n")
     assert Path("report.html").read_text().endswith("</html>\n")
-    assert Path("kept.html").read_text() == "the old one" * 10**6
+    assert Path("kept.html").read_text() == old
 
 
 @pytest.mark.parametrize("flags", [(), ("--format", "csv")], ids=str)

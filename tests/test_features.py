@@ -25,7 +25,7 @@ def test_one_unusable_test_image_ends_the_run(trained):
     assert status == 1
     assert err.splitlines() == [
         "error: test.txt:13: photo.jpg: not an image",
-        "error: test.txt: 1 of 13 images can't be read; mend or remove these lines",
+        "error: test.txt: 1 of 13 images can't be read; fix or remove these lines",
     ]
     assert Path("best.pth").read_bytes() == before
 
@@ -41,7 +41,7 @@ def test_up_to_one_percent_of_the_training_images_may_be_unusable(trained):
     Path("train.txt").write_text("".join([*good[:297], *(f"{n}-photo.jpg 0\n" for n in range(4))]))
     status, _, err = trained()
     assert status == 1 and Path("best.pth").read_bytes() == before
-    assert err.splitlines()[-1] == "error: train.txt: 4 of 301 images can't be read; mend or remove these lines"
+    assert err.splitlines()[-1] == "error: train.txt: 4 of 301 images can't be read; fix or remove these lines"
     Path("train.txt").write_text("".join([*good[:297], *(f"{n}-photo.jpg 0\n" for n in range(3))]))
     status, _, err = trained()
     assert status == 0
@@ -140,7 +140,7 @@ def test_test_images_are_read_first_and_the_training_pass_ends_with_the_first_im
     assert status == 1 and err.splitlines() == [
         "error: train.txt:2: red/train_1.png: not an image",
         "error: train.txt:3: red/train_2.png: not an image",
-        "error: train.txt: 2 images can't be read, more than 1% of the list: stopped there; mend or remove these lines",
+        "error: train.txt: 2 images can't be read, more than 1% of the list: stopped there; fix or remove these lines",
     ]
     assert ["test" in path for path in seen] == [True] * 12 + [False] * (len(seen) - 12)
     assert len(seen) < 24  # of a batch of 8 images some may have been read ahead

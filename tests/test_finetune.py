@@ -140,14 +140,14 @@ def test_fine_tuning_decodes_each_image_once_where_its_maps_fit_and_once_an_epoc
     few, decoded, monkeypatch
 ):
     out = go("--epochs", 1, "--finetune-epochs", 3)
-    assert "finetune  layer4; maps of 0.0 GB in memory (" in out
+    assert "finetune  layer4; 0.0 GB of memory (" in out
     # Of three classes: the pass and the maps, and of the first image of each list once more, to measure them.
     assert decoded == {"train_0.png": 7, "train_1.png": 6, "test_0.png": 7, "test_1.png": 6}
     kept, rows = weights_of(), rows_of()
     decoded.clear()
     monkeypatch.setattr("transfer.finetune.free_memory", lambda: 1000)
     out = go("--epochs", 1, "--finetune-epochs", 3)
-    assert "finetune  layer4; maps of 0.0 GB not kept, but computed anew in each epoch (0.0 GB free)" in out
+    assert "finetune  layer4; slow, since it would need 0.0 GB of memory (0.0 GB free)" in out
     tuned = any(row["best"] == "1" for row in rows[1:])  # then the temperature asks once more
     assert decoded["train_1.png"] == 3 * (1 + 3) and decoded["test_1.png"] == 3 * (1 + 3 + tuned)
     assert same(kept, weights_of()) and rows == rows_of()

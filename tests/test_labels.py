@@ -107,7 +107,7 @@ def test_names_of_classes_are_one_in_either_unicode_form(named):
 def test_a_path_of_a_point_and_a_slash_alone_is_a_directory(named):
     Path("list.txt").write_text("./ 0\n")
     assert read_list(Path("list.txt"), Path())[1] == [
-        "list.txt:1: ./: is a directory, not an image; mend or remove the line"
+        "list.txt:1: ./: is a directory, not an image; fix or remove the line"
     ]
 
 

@@ -106,9 +106,9 @@ def test_a_classes_file_overrides_folder_names_and_must_fit(tmp_path):
     ("kind", "words"),
     [
         ("missing", "no such image; paths are relative to the working directory, or to --root DIR"),
-        ("directory", "is a directory, not an image; mend or remove the line"),
-        ("link loop", f"{os.strerror(errno.ELOOP).lower()}; mend or remove the line"),
-        ("no permission", "no permission to read it; mend or remove the line"),
+        ("directory", "is a directory, not an image; fix or remove the line"),
+        ("link loop", f"{os.strerror(errno.ELOOP).lower()}; fix or remove the line"),
+        ("no permission", "no permission to read it; fix or remove the line"),
     ],
 )
 @pytest.mark.parametrize("name", ["train.txt", "test.txt"])
@@ -119,7 +119,7 @@ def test_an_unreadable_path_is_found_before_training(trained, monkeypatch, name,
     problem = f"error: {name}:13: odd.png: {words}"
     status, out, err = trained()
     assert (status, out) == (2, "")
-    assert err.splitlines() == [problem, "error: 1 problem in the lists; mend them and run again"]
+    assert err.splitlines() == [problem, "error: 1 problem in the lists; fix them and run again"]
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
@@ -129,7 +129,7 @@ def test_of_many_missing_images_ten_and_a_count_are_shown(trained):
     lines = err.splitlines()
     assert (status, out, len(lines)) == (2, "", 11)
     assert lines[9].startswith("error: list.txt:10: none_9.png: no such image")
-    assert lines[10] == "error: 25 problems in the lists, 10 of them shown; mend them and run again"
+    assert lines[10] == "error: 25 problems in the lists, 10 of them shown; fix them and run again"
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_a_wrong_line_gets_the_hint_that_fits(trained, line, problem):
     before = Path("best.pth").read_bytes()
     add_line("train.txt", f"{line}\n")
     repeated = "warning: train.txt: 1 repeated line dropped\n" if "keep one" in problem else ""
-    errors = f"{repeated}error: train.txt:13: {problem}\nerror: 1 problem in the lists; mend them and run again\n"
+    errors = f"{repeated}error: train.txt:13: {problem}\nerror: 1 problem in the lists; fix them and run again\n"
     assert trained() == (2, "", errors)
     assert Path("best.pth").read_bytes() == before
     if "no such image" in problem:  # in prediction the error of one image, and the others' rows

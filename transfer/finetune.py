@@ -196,8 +196,8 @@ def prepare_finetuning(
     need = feature_map_bytes(trunk, train, compute) + feature_map_bytes(trunk, val, compute)
     free = free_memory() // local_world_size()
     keep = need < MEMORY_SHARE * free
-    where = "in memory" if keep else "not kept, but computed anew in each epoch"
-    print(f"finetune  {hparams.unfreeze}; maps of {need / 1e9:.1f} GB {where} ({free / 1e9:.1f} GB free)", flush=True)
+    memory = f"{need / 1e9:.1f} GB of memory ({free / 1e9:.1f} GB free)"
+    print(f"finetune  {hparams.unfreeze}; {memory if keep else f'slow, since it would need {memory}'}", flush=True)
     batch_size = max(1, hparams.batch_size // get_world_size())
     loaders = Loaders(
         FeatureMapLoader(trunk, train, compute=compute, batch_size=batch_size, keep=keep, shuffle_seed=hparams.seed),

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import textwrap
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from transfer.pretrained import Pretrained
 FEW_IMAGES = 100  # below which an accuracy is told with its interval: 16 points wide or more, at 80%
 LARGE_LR = 0.1  # of the head: 20 times the default
 SHOWN_CLASSES = 6  # with their sizes in the header; of more the first three, the smallest and the largest
+WIDTH = 80  # of a terminal, as most of them open
 UNEVEN = 10  # times the images of the smallest class, beyond which the largest one calls for --balance
 
 
@@ -33,7 +35,8 @@ def print_header(compute: Compute, pretrained: Pretrained, data: Data, history: 
     images = f"{len(data.train):,} images"
     if data.test:
         images = f"{len(data.train):,} training{val} and {len(data.test):,} test images"
-    print(f"data      {images} of {class_sizes(data)}")
+    of_classes = f"data      {images} of {class_sizes(data)}"
+    print(textwrap.fill(of_classes, WIDTH, subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False))
     print("".join(f"{note}\n" for note in data.notes), end="")
     counts = [(count, label) for label, count in enumerate(data.train.labels.bincount().tolist()) if count]
     if max(counts)[0] > UNEVEN * min(counts)[0] and not history.balanced:
@@ -98,7 +101,7 @@ def print_next(data: Data, checkpoint: Path, audited: bool) -> None:
     """What to run next: the command that shows what the model gets wrong."""
     print(f"next      {predict_command(data.test_path, checkpoint, data.root)}")
     if not audited:
-        print("          or again with --audit audit.html: labels that look wrong, copies, outliers")
+        print("          or again with --audit audit.html: wrong labels, copies, strange photos")
 
 
 class History:

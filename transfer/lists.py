@@ -101,7 +101,7 @@ class ListsError(UserError):
 
     def __init__(self, problems: Sequence[str]):
         total = f"{plural(len(problems), 'problem')} in the lists"
-        super().__init__(*summarise(problems, total, "mend them and run again"))
+        super().__init__(*summarise(problems, total, "fix them and run again"))
 
 
 def read_text(path: Path) -> bytes:
@@ -165,7 +165,7 @@ def read_list(list_path: Path, root: Path, check_files: bool = True) -> tuple[Im
                 problems.append(f"{name}:{number}: {printable(entry)} has {both}; keep one of the two")
             continue
         if check_files and (problem := file_problem(path)):
-            hint = missing_hint(entry, list_path) if problem == "no such image" else "mend or remove the line"
+            hint = missing_hint(entry, list_path) if problem == "no such image" else "fix or remove the line"
             problems.append(f"{name}:{number}: {printable(entry)}: {problem}; {hint}")
         paths.append(path)
         labels.values.append(labels.number(fields))
@@ -218,7 +218,7 @@ def check_unreadable(
         total = f"{image_list.name}: {len(lines):,} of {len(image_list):,} images can't be read"
         if stopped:
             total = f"{image_list.name}: {len(lines):,} images can't be read, more than 1% of the list: stopped there"
-        fix = "convert, mend or remove them" if image_list.is_folder else "mend or remove these lines"
+        fix = "convert, fix or remove them" if image_list.is_folder else "fix or remove these lines"
         raise UserError(*summarise(lines, total, fix), status=1)
     for line in lines[:SHOWN_PROBLEMS]:
         warn(f"{line}; skipped")

@@ -71,7 +71,7 @@ def headline(scores: ClassificationScores, ece: float) -> str:
     ]
     parts.append(
         f'<div><p class="name">Calibration error</p><span class="big">{ece:.2%}</span>'
-        "<p>how far confidence and share right lie apart, on average</p></div>"
+        f"<p>‘80% sure’ should mean right 8 times in 10; it is off by {100 * ece:.0f} points on average</p></div>"
     )
     return f'<div class="stats">{"".join(parts)}</div>'
 

@@ -1,5 +1,6 @@
 """Pages as a parser and a real browser see them: headless Chromium, driven over WebDriver."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -71,17 +72,14 @@ def fetched(browser):
     return [url for url in sent if not url.startswith("data:")]
 
 
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory):
-    """The address of a WebDriver session in headless Chromium."""
-    if not all(CHROMIUM):
-        assert not os.environ.get("CI"), "CI looks at the report in a browser: install chromium and chromium-driver"
-        pytest.skip("no chromium or chromedriver on the PATH: the report is not looked at in a browser")
+@contextlib.contextmanager
+def open_browser(profile):
+    """The address of a WebDriver session in headless Chromium, which keeps its profile in that folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     driver = subprocess.Popen([CHROMIUM[1], f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    options = {"args": [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"], "binary": CHROMIUM[0]}
+    options = {"args": [*FLAGS, f"--user-data-dir={profile}"], "binary": CHROMIUM[0]}
     wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
     base, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 10
     try:
@@ -92,11 +90,19 @@ def browser(tmp_path_factory):
             except urllib.error.URLError:
                 assert time.monotonic() < deadline, "chromedriver does not answer"
                 time.sleep(0.05)
-        address = (
-            f"{base}/session/" + call("POST", f"{base}/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
-        )
-        yield address
-        call("DELETE", address)
+        session = call("POST", f"{base}/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+        yield f"{base}/session/{session}"
+        call("DELETE", f"{base}/session/{session}")
     finally:
         driver.terminate()
         driver.wait(10)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """The address of a WebDriver session in headless Chromium."""
+    if not all(CHROMIUM):
+        assert not os.environ.get("CI"), "CI looks at the report in a browser: install chromium and chromium-driver"
+        pytest.skip("no chromium or chromedriver on the PATH: the report is not looked at in a browser")
+    with open_browser(tmp_path_factory.mktemp("profile")) as address:
+        yield address

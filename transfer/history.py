@@ -54,10 +54,8 @@ def class_sizes(data: Data) -> str:
     words = plural(len(names), "class", "classes")
     if len(names) <= SHOWN_CLASSES:
         return f"{words}: {', '.join(names)}"
-    order = sorted(range(len(names)), key=lambda label: counts[label])
-    return (
-        f"{words}: {', '.join(names[: SHOWN_CLASSES - 3])}, ...; smallest {names[order[0]]}, largest {names[order[-1]]}"
-    )
+    smallest, largest = (names[counts.index(count)] for count in (min(counts), max(counts)))
+    return f"{words}: {', '.join(names[: SHOWN_CLASSES - 3])}, ...; smallest {smallest}, largest {largest}"
 
 
 def shortened(name: str) -> str:

@@ -70,8 +70,8 @@ def headline(scores: ClassificationScores, ece: float) -> str:
         for name, kind, value, interval in figures
     ]
     parts.append(
-        f'<div><p class="name">Calibration error</p><span class="big">{ece:.2%}</span>'
-        f"<p>‘80% sure’ should mean right 8 times in 10; it is off by {100 * ece:.0f} points on average</p></div>"
+        f'<div><p class="name">Calibration error</p><span class="big">{ece:.1%}</span>'
+        f"<p>‘80% sure’ should mean right 8 times in 10; it is off by {100 * ece:.1f} points on average</p></div>"
     )
     return f'<div class="stats">{"".join(parts)}</div>'
 

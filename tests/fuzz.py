@@ -272,6 +272,7 @@ def train_for_ever(out: int, err: int) -> None:
     try:
         torch.set_num_threads(1)  # a thread pool does not survive a fork
         signal.alarm(0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
         os.dup2(out, 1)
         os.dup2(err, 2)
         train.main(["--weights", "none", "--workers", "2", "--epochs", "1000000", "--precision", "float32"])

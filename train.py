@@ -308,18 +308,15 @@ def retrain_head(head: nn.Linear, trainval: Split, hparams: Hyperparameters, lrs
     """Train a head anew on all training images, those that chose its epochs too, at the learning rates it had."""
     torch.manual_seed(hparams.seed)
     head.load_state_dict(nn.Linear(head.in_features, head.out_features).state_dict())
-    criterion, optimizer = (
-        build_criterion(trainval, head.out_features, hparams.balance),
-        torch.optim.Adam(head.parameters()),
-    )
+    criterion = build_criterion(trainval, head.out_features, hparams.balance)
+    optimizer = torch.optim.Adam(head.parameters())
     loader = FeatureLoader(trainval.features, hparams.batch_size, shuffle_seed=hparams.seed)
     for epoch, lr in enumerate(lrs, 1):
         optimizer.param_groups[0]["lr"] = lr
         loader.set_epoch(epoch)
         train_one_epoch(head, criterion, optimizer, loader, epoch=epoch)
-    print(
-        f"head      trained again on all {len(trainval.features.rows):,} training images, {plural(len(lrs), 'epoch')}"
-    )
+    count = len(trainval.features.rows)
+    print(f"head      trained again on all {count:,} training images, {plural(len(lrs), 'epoch')}")
 
 
 def calibrate_best(

@@ -1,29 +1,36 @@
-"""Defaults measured on a real ImageNet backbone: views, sizes, groups and --val-split, on three sets of photos.
+"""Defaults measured on two backbones: views, sizes, groups, --val-split and calibration, on photos of three kinds.
 
-    python tests/benchmark.py real --data FOLDER [--sizes 224 288]
+    python tests/benchmark.py real --data FOLDER [--views 2 4] [--sizes 224 288] [--only sizes groups val-split]
 
-FOLDER holds `real_features.py`, which writes features of a list as NAME.npz (features (N, V, D), labels (N,)), and the
-lists and photos of flowers and textures. Features are made there once, as features/SET_PART_SIZE.npz, by an environment
-that has that script's packages. Figures are means ± spread of 3 seeds.
+The backbones are a real ImageNet one and the bundled one. FOLDER holds `real_features.py`, which writes the former's
+features of a list as NAME.npz (features (N, V, D), labels (N,)), and the lists and photos of flowers and textures.
+Features are made there once, in features/, the real ones by an environment that has that script's packages. Figures are
+means ± spread of 3 seeds, for --val-split's own images of 10 splits. `swapped` is the sample trained on its test list
+and tested on its training list.
 """
 
 import argparse
 import contextlib
+import functools
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from transfer.calibration import calibrate  # noqa: E402
+from transfer.backbone import Backbone, inference_copy  # noqa: E402
+from transfer.calibration import calibrate, collect_logits  # noqa: E402
+from transfer.checkpoint import load_backbone  # noqa: E402
 from transfer.crossval import (  # noqa: E402
     assign_folds,
     class_in_other_folds,
@@ -31,16 +38,68 @@ from transfer.crossval import (  # noqa: E402
     group_split,
     out_of_fold_logits,
 )
-from transfer.features import Features, Split, Splits  # noqa: E402
+from transfer.device import pick_compute  # noqa: E402
+from transfer.features import Features, Split, Splits, extract_features  # noqa: E402
 from transfer.flags import parse_train_args  # noqa: E402
 from transfer.groups import near_duplicates  # noqa: E402
 from transfer.history import History  # noqa: E402
+from transfer.lists import read_list  # noqa: E402
 from transfer.metrics import calibration_bins  # noqa: E402
 from transfer.training import FeatureLoader, Hyperparameters  # noqa: E402
 
-SETS = {"sample": ROOT, "flowers": None, "textures": None}  # and where their lists are; None: in FOLDER
 SEEDS = range(3)
+SPLITS = range(10)  # of --val-split, whose own images are few, so that a single split says little
 HPARAMS = Hyperparameters.from_flags(vars(parse_train_args([])))
+SETS = ("sample", "swapped", "flowers", "textures")
+
+
+class Source(NamedTuple):
+    """A set of photos as a backbone sees it."""
+
+    folder: Path
+    backbone: str  # real or bundled
+    name: str
+
+    def load(self, part: str, size: int = HPARAMS.size, views: int = HPARAMS.views) -> Split:
+        """Features of its train or test list, made if they are not there."""
+        name = self.name
+        if name == "swapped":
+            name, part = "sample", {"train": "test", "test": "train"}[part]
+        root = ROOT if name == "sample" else self.folder
+        path = root / (f"{part}.txt" if name == "sample" else f"{name}_{part}.txt")
+        kept = self.folder / "features"
+        kept.mkdir(exist_ok=True)
+        if self.backbone == "bundled":
+            features = bundled_features(path, root, kept / "bundled", size=size, views=views)
+        else:
+            features = real_features(path, root, kept / f"{name}_{part}_{size}.npz", size=size, views=views)
+        return Split(None, features)
+
+    def __str__(self) -> str:
+        return f"{self.backbone}, {self.name}"
+
+
+def bundled_features(path: Path, root: Path, cache: Path, *, size: int, views: int) -> Features:
+    """By the project's own pass. A list's features are kept in as many views as were asked for."""
+    compute = pick_compute("cpu", "auto", None)
+    dataset = train.ImageDataset(read_list(path, root)[0], range(views), 0, size)
+    cache.mkdir(exist_ok=True)
+    return extract_features(bundled_backbone(), dataset, compute=compute, cache=cache)
+
+
+@functools.cache
+def bundled_backbone() -> nn.Module:
+    weights = load_backbone(ROOT / "food" / "resnet18-grocery.pth", "resnet18")
+    return inference_copy(Backbone(train.build_model("resnet18", 20, weights, 0)), pick_compute("cpu", "auto", None))
+
+
+def real_features(path: Path, root: Path, kept: Path, *, size: int, views: int) -> Features:
+    if not kept.exists():
+        command = [sys.executable, str(kept.parent.parent / "real_features.py"), str(path), "--root", str(root)]
+        subprocess.run([*command, "--size", str(size), "--out", str(kept)], check=True)
+    arrays = np.load(kept)
+    features = torch.from_numpy(arrays["features"][:, :views])
+    return Features([features], len(features), torch.from_numpy(arrays["labels"]).long())
 
 
 class LastAndBest(History):
@@ -87,26 +146,32 @@ def train_head(splits: Splits, seed: int) -> tuple[torch.nn.Linear, LastAndBest]
     return head, history
 
 
-def accuracy(head: torch.nn.Linear, split: Split) -> float:
+def accuracy(head: nn.Linear, split: Split) -> float:
     return 100 * train.evaluate(head, FeatureLoader(split.features, 1024)).accuracy
+
+
+def calibration_error(head: nn.Linear, split: Split) -> float:
+    """In percent."""
+    logits, labels = collect_logits(head, FeatureLoader(split.features, 1024))
+    probs = logits.softmax(1)
+    return 100 * calibration_bins(probs.max(1).values, probs.argmax(1) == labels)[-1]
 
 
 def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def best_and_last(folder: Path, name: str, size: int, views: int) -> str:
-    parts = [load(folder, name, part, size, views) for part in ("train", "test")]
-    splits = Splits(parts[0], parts[0], parts[1], parts[1])
-    histories = [train_head(splits, seed)[1] for seed in SEEDS]
+def best_and_last(source: Source, size: int, views: int) -> str:
+    whole, test = source.load("train", size, views), source.load("test", size, 1)
+    histories = [train_head(Splits(whole, whole, test, test), seed)[1] for seed in SEEDS]
     best = spread([max(history.accuracies) for history in histories])
     return f"{best} / {spread([history.accuracies[-1] for history in histories])}"
 
 
-def table(title: str, heads: list[str], rows: list[tuple]) -> None:
-    print(f"\n{title}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-    for row in rows:
-        print(f"| {' | '.join(map(str, row))} |", flush=True)
+def table(title: str, heads: list[str], row: Callable[..., tuple], sources: list[Source]) -> None:
+    print(f"\n{title}\n\n| {' | '.join(['backbone, photos', *heads])} |\n|{'---|' * (len(heads) + 1)}")
+    for source in sources:
+        print(f"| {' | '.join(map(str, (source, *row(source))))} |", flush=True)
 
 
 def cross_validated(features: Tensor, labels: Tensor, groups: Tensor, seed: int) -> float:
@@ -121,39 +186,41 @@ def cross_validated(features: Tensor, labels: Tensor, groups: Tensor, seed: int)
     return 100 * float(right[known].double().mean())
 
 
-def compare_groups(folder: Path, name: str) -> tuple:
+def compare_groups(source: Source) -> tuple:
     """What cross-validation says with groups and without, what --val-split's own images say, and the test list."""
-    whole, test = (load(folder, name, part, 224, 2) for part in ("train", "test"))
-    features, labels = whole.features.chunks[0], whole.features.labels
+    whole, test = source.load("train", views=2), source.load("test", views=1)
+    features, labels = whole.features.gather(whole.features.rows, slice(2)), whole.features.labels
     groups, alone = near_duplicates(features, labels), torch.arange(len(labels))
     found = [[cross_validated(features, labels, each, seed) for seed in SEEDS] for each in (groups, alone)]
-    own, tested = [], []
-    for seed in SEEDS:
-        part, val = group_split(whole, 0.2, seed, "none to spare")
-        own.append(train_head(Splits(whole, part, val, test), seed)[1].accuracies[-1])
-        tested.append(train_head(Splits(whole, whole, test, test), seed)[1].accuracies[-1])
-    return name, *map(spread, (*found, own, tested))
+    parts = [group_split(whole, 0.2, seed, "none to spare") for seed in SPLITS]
+    own = [train_head(Splits(whole, *part, test), seed)[1].accuracies[-1] for seed, part in enumerate(parts)]
+    tested = [train_head(Splits(whole, whole, test, test), seed)[1].accuracies[-1] for seed in SEEDS]
+    gaps = [statistics.mean(values) - statistics.mean(tested) for values in (*found, own)]
+    cells = [f"{spread(values)} ({gap:+.1f})" for values, gap in zip((*found, own), gaps, strict=True)]
+    return *cells, spread(tested)
 
 
-def compare_val_split(folder: Path, name: str) -> tuple:
-    """The split's head and the one trained again on all, on the test list; and the calibration error of the latter."""
-    whole, test = (load(folder, name, part, 224, HPARAMS.views) for part in ("train", "test"))
+def compare_val_split(source: Source) -> tuple:
+    """Accuracy on the test list of the split's head, of the one trained again on all, and of one that the test list
+    chose; and the calibration errors of the latter two.
+    """
+    whole, test = source.load("train"), source.load("test", views=1)
     rows = []
     for seed in SEEDS:
         part, val = group_split(whole, 0.2, seed, "none to spare")
         _, history = train_head(Splits(whole, part, val, test), seed)
         hparams, size = replace(HPARAMS, seed=seed), whole.features.chunks[0].shape[2]
-        split_head, head = (torch.nn.Linear(size, int(whole.features.labels.max()) + 1) for _ in range(2))
+        split_head, head = (nn.Linear(size, int(whole.features.labels.max()) + 1) for _ in range(2))
         with contextlib.redirect_stdout(None):
             train.retrain_head(split_head, part, hparams, history.lrs())
             train.retrain_head(head, whole, hparams, history.lrs())
         before, after = accuracy(split_head, test), accuracy(head, test)
         calibrate(head, *cross_val_logits(whole.features, history.lrs(), hparams))
-        rows_test = test.features.rows
-        probs = head(test.features.gather(rows_test, 0)).softmax(1).detach()
-        right = probs.argmax(1) == test.features.labels[rows_test]
-        rows.append((before, after, 100 * calibration_bins(probs.max(1).values, right)[-1]))
-    return name, *(spread(list(column)) for column in zip(*rows, strict=True))
+        full, history = train_head(Splits(whole, whole, test, test), seed)
+        last = accuracy(full, test)
+        calibrate(full, *collect_logits(full, FeatureLoader(test.features, 1024)))
+        rows.append((before, after, last, calibration_error(head, test), calibration_error(full, test)))
+    return tuple(spread(list(column)) for column in zip(*rows, strict=True))
 
 
 def main(*argv: str) -> None:
@@ -161,11 +228,24 @@ def main(*argv: str) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--views", type=int, nargs="*", default=[1, 2, 4], metavar="V")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 288], metavar="N")
+    tables = ("sizes", "groups", "val-split")
+    parser.add_argument("--only", choices=tables, nargs="+", default=tables, metavar="TABLE")
     args = parser.parse_args(argv)
-    for views in args.views:
-        rows = [(name, *(best_and_last(args.data, name, size, views) for size in args.sizes)) for name in SETS]
-        table(f"--views {views}: best / last epoch", ["set", *map(str, args.sizes)], rows)
-    heads = ["set", "cross-validated", "without groups", "--val-split's own images", "test list"]
-    table("Groups", heads, [compare_groups(args.data, name) for name in SETS])
-    heads = ["set", "the split's head", "trained again on all", "its calibration error"]
-    table("--val-split 0.2, on the test list", heads, [compare_val_split(args.data, name) for name in SETS])
+    sources = [Source(args.data, backbone, name) for backbone in ("real", "bundled") for name in SETS]
+    for views in args.views if "sizes" in args.only else ():
+        row = functools.partial(
+            lambda source, views: [best_and_last(source, n, views) for n in args.sizes], views=views
+        )
+        table(f"--views {views}: accuracy, best / last epoch", [*map(str, args.sizes)], row, sources)
+    if "groups" in args.only:
+        heads = ["cross-validated", "without groups", "--val-split's own images", "test list"]
+        table("Groups, two views: accuracy (and its gap to the test list's)", heads, compare_groups, sources)
+    if "val-split" in args.only:
+        heads = [
+            "the split's head",
+            "trained again",
+            "the full list's",
+            "calibration error, trained again",
+            "full list's",
+        ]
+        table("--val-split 0.2, on the test list, last epoch", heads, compare_val_split, sources)

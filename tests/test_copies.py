@@ -1,6 +1,7 @@
 """Near copies: a changed copy is the same photo by its pixels, another photo of the shelf is not."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from conftest import ROOT
 from PIL import Image
 
 import train
-from transfer.audit.copies import SAME_PHOTO, candidates, similarity, thumbnails
+from transfer.audit.copies import SAME_PHOTO, candidates, copy_findings, similarity, thumbnails
+from transfer.audit.findings import AuditSplit
 from transfer.device import Compute
 from transfer.images import read_image
 from transfer.lists import ImageList
@@ -88,3 +90,15 @@ def test_an_image_that_can_not_be_read_any_more_is_like_no_other(here):
     gone = thumbnails(train.ImageDataset(image_list, [0], 0), torch.arange(2), HERE).float()
     assert gone.isnan().all()
     assert similarity(gone, small).tolist() == similarity(gone, gone).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("probs", "suggestion"), [((0.9, 0.1), 1), ((0.9, 0.6), None), ((0.3, 0.2), None)])
+def test_of_two_labels_in_conflict_one_is_suggested_only_where_it_is_probably_right_and_the_other_wrong(
+    probs, suggestion
+):
+    image_list = ImageList("list.txt", [b"a.png", b"b.png"], [0, 1], [1, 2])
+    split = AuditSplit(train.ImageDataset(image_list, [0], 0), torch.arange(2), torch.zeros(2, 1, 4), torch.arange(2))
+    quality = SimpleNamespace(error_prob=torch.tensor(probs))
+    found = [(0, 0, torch.tensor([[1, 0]]), torch.tensor([0.99]))]
+    (finding,) = copy_findings([split], [quality], found)
+    assert (finding.kind, finding.path, finding.suggestion) == ("conflict", b"a.png", suggestion)

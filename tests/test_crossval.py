@@ -188,3 +188,13 @@ def test_images_whose_class_no_other_fold_has_are_left_out_of_what_is_cross_vali
     assert logits.shape == (6, 2) and known.tolist() == [0] * 6
     single = Features([torch.randn(2, 2, 8)], 2, torch.arange(2))
     assert cross_val_logits(single, [0.005], HPARAMS) is None
+
+
+def test_a_photo_that_lies_in_two_classes_is_never_held_out():
+    features, labels = torch.randn(60, 1, 16, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 2
+    features[1::4] = features[0::4]  # every other pair, of one label each
+    split = Split(None, Features([features], 60, labels))
+    twins = torch.arange(60) % 4 < 2
+    for seed in range(10):
+        train, val = (part.features.rows for part in group_split(split, 0.4, seed, "none to spare"))
+        assert len(val) and not twins[val].any() and len(train) + len(val) == 60

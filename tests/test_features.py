@@ -126,7 +126,9 @@ def wait_for(condition, process):
     assert condition() and process.poll() is None
 
 
-def test_test_images_are_read_first_and_the_training_pass_ends_with_the_first_image_too_many(job, monkeypatch):
+def test_test_images_are_read_first_and_the_training_pass_ends_once_more_are_unreadable_than_are_shown(
+    job, monkeypatch
+):
     seen, original = [], train.read_image
 
     def spy(path, *rest):
@@ -136,6 +138,9 @@ def test_test_images_are_read_first_and_the_training_pass_ends_with_the_first_im
     monkeypatch.setattr(train, "read_image", spy)
     for name in ("red/train_1.png", "red/train_2.png", "blue/train_3.png"):
         Path(name).write_bytes(b"text")
+    assert job()[2].splitlines()[-1] == "error: train.txt: 3 of 12 images can't be read; fix or remove these lines"
+    seen.clear()
+    monkeypatch.setattr("transfer.features.SHOWN_PROBLEMS", 1)
     status, _, err = job()
     assert status == 1 and err.splitlines() == [
         "error: train.txt:2: red/train_1.png: not an image",

@@ -42,7 +42,7 @@ def test_all_problems_of_both_lists_are_reported_together(colours):
         "train.txt:3: label '-1'",
         "train.txt:4: red/none.png: no such image",
     ]
-    for line, start in zip(lines, [*starts, "test.txt:1: the list is empty", "5 problems in the lists"], strict=True):
+    for line, start in zip(lines, [*starts, "test.txt:1: the list is empty", "5 problems found"], strict=True):
         assert line.startswith(f"error: {start}")
     assert not (colours / "best.pth").exists()
 
@@ -53,7 +53,7 @@ def test_of_many_problems_the_first_ten_are_shown_and_all_counted(colours):
     status, _, err = run_main(train.main)
     lines = err.splitlines()
     assert status == 2
-    assert len(lines) == 11 and "25 problems in the lists, 10 of them shown" in lines[-1]
+    assert len(lines) == 11 and "25 problems found, 10 of them shown" in lines[-1]
 
 
 def test_a_test_label_that_training_lacks_is_an_error(colours):
@@ -119,7 +119,7 @@ def test_an_unreadable_path_is_found_before_training(trained, monkeypatch, name,
     problem = f"error: {name}:13: odd.png: {words}"
     status, out, err = trained()
     assert (status, out) == (2, "")
-    assert err.splitlines() == [problem, "error: 1 problem in the lists; fix them and run again"]
+    assert err.splitlines() == [problem, "error: 1 problem found; fix and run again"]
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
@@ -129,7 +129,7 @@ def test_of_many_missing_images_ten_and_a_count_are_shown(trained):
     lines = err.splitlines()
     assert (status, out, len(lines)) == (2, "", 11)
     assert lines[9].startswith("error: list.txt:10: none_9.png: no such image")
-    assert lines[10] == "error: 25 problems in the lists, 10 of them shown; fix them and run again"
+    assert lines[10] == "error: 25 problems found, 10 of them shown; fix and run again"
 
 
 @pytest.mark.parametrize(
@@ -213,13 +213,15 @@ def test_a_wrong_line_gets_the_hint_that_fits(trained, line, problem):
     before = Path("best.pth").read_bytes()
     add_line("train.txt", f"{line}\n")
     repeated = "warning: train.txt: 1 repeated line dropped\n" if "keep one" in problem else ""
-    errors = f"{repeated}error: train.txt:13: {problem}\nerror: 1 problem in the lists; fix them and run again\n"
+    errors = f"{repeated}error: train.txt:13: {problem}\nerror: 1 problem found; fix and run again\n"
     assert trained() == (2, "", errors)
     assert Path("best.pth").read_bytes() == before
     if "no such image" in problem:  # in prediction the error of one image, and the others' rows
         path = line.rpartition(" ")[0]
         status, out, err = run_main(predict.main, "train.txt", "--workers", 0)
-        assert (status, out.count(".png  "), err) == (1, 12, f"error: {path}: {os.strerror(errno.ENOENT).lower()}\n")
+        trained = "warning: train.txt: the model was trained on images of it, so the accuracy is far too high\n"
+        missing = f"error: {path}: {os.strerror(errno.ENOENT).lower()}\n"
+        assert (status, out.count(".png  "), err) == (1, 12, trained + missing)
     else:
         assert run_main(predict.main, "train.txt") == (2, "", errors)
 

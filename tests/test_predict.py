@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -490,3 +491,24 @@ def test_a_pattern_that_a_shell_left_alone_is_expanded(model, quick_model):
     out, _ = answer("[red].png", "*e*n.png", "b?ue.png", "--top-k", 1)
     assert [line.split("  ")[0] for line in out.splitlines()] == ["[red].png", "green.png", "blue.png"]
     assert answer("none*.png", status=1)[1].startswith("error: none*.png: ")
+
+
+def test_a_name_that_is_not_there_gets_the_one_beside_it_or_its_quotes(model, quick_model):
+    Path("my kiwis").mkdir()
+    shutil.copy("red.png", "my kiwis/3.png")
+    assert answer("red.pgn", "green.png", status=1)[1].splitlines() == [
+        "warning: red.pgn: no such file; did you mean red.png?",
+        f"error: red.pgn: {os.strerror(errno.ENOENT).lower()}",
+    ]
+    error = "error: a path with spaces needs quotes: 'my kiwis/3.png'\n"
+    assert answer("green.png", "my", "kiwis/3.png", status=2) == ("", error)
+    gone = os.strerror(errno.ENOENT).lower()
+    error = f"error: best.pht: {gone}; did you mean best.pth?\n"
+    assert answer("red.png", "--model", "best.pht", status=2) == ("", error)
+    assert run_main(train.main, "--train", "mi kiwis")[2] == f"error: mi kiwis: {gone}; did you mean 'my kiwis'?\n"
+
+
+def test_a_list_that_was_trained_on_is_said_to_be(small_run, model):
+    err = answer(small_run / "train.txt", "--root", small_run)[1]
+    assert "train.txt: the model was trained on images of it, so the accuracy is far too high" in err
+    assert not answer(small_run / "test.txt", "--root", small_run)[1]

@@ -28,7 +28,7 @@ def test_offline_the_bundled_backbone_stands_in_and_the_run_warns_of_it_once_at_
     assert len(warnings) == 1
     assert "no ImageNet weights" in warnings[0] and "refused" in warnings[0] and "resnet18-grocery.pth" in warnings[0]
     assert get_model_weights("resnet18").DEFAULT.url in warnings[0] and "--weights FILE" in warnings[0]
-    assert "resnet18-grocery.pth (bundled)" in sample_run[0].stdout
+    assert "resnet18-grocery.pth (bundled: no ImageNet weights)" in sample_run[0].stdout
 
 
 def test_imagenet_where_it_is_asked_for_is_never_replaced(colours):
@@ -119,7 +119,7 @@ def test_a_download_that_fails_falls_back_or_ends_and_leaves_no_file(served, job
     reason = {"refused": "refused", "cache is a file": "[Nn]ot a directory|[Ff]ile exists"} | REASONS
     began = time.perf_counter()
     _, description, (warning,) = load_pretrained(None, "resnet18")
-    assert "resnet18-grocery.pth (bundled)" in description
+    assert "resnet18-grocery.pth (bundled: no ImageNet weights)" in description
     words = reason.get(kind, "invalid hash value")
     caveat, fix = warning.split("; ", 1)
     assert re.fullmatch(rf"no ImageNet weights \(.*({words}).*\): used the bundled .*, which is far weaker", caveat)
@@ -192,7 +192,10 @@ def test_where_the_bundled_weights_lie_on_another_drive_their_whole_path_is_show
 
     monkeypatch.setattr(os.path, "relpath", relpath)
     _, description, (caveat,) = load_pretrained(None, "resnet18")
-    assert description == f"ResNet-18, {BUNDLED} (bundled)" and f"used the bundled {BUNDLED}, which" in caveat
+    assert (
+        description == f"ResNet-18, {BUNDLED} (bundled: no ImageNet weights)"
+        and f"used the bundled {BUNDLED}, which" in caveat
+    )
 
 
 FIND = """
@@ -230,7 +233,9 @@ def test_under_torchrun_one_rank_a_machine_downloads_and_all_find_the_same(serve
     lines_of = [rank.communicate(timeout=60)[1].splitlines() for rank in ranks]
     found = [[line for line in lines if line.startswith("(")] for lines in lines_of]
     assert found[0] == found[1] and len(found[0]) == 2
-    assert "ImageNet" in found[0][0] and "(bundled)" in found[0][1] and "invalid hash" in found[0][1]
+    assert (
+        "ImageNet" in found[0][0] and "(bundled: no ImageNet weights)" in found[0][1] and "invalid hash" in found[0][1]
+    )
     assert asked == [f"/{url.rpartition('/')[2]}" for url in urls]
     assert [sum(line.startswith("downloading") for line in lines) for lines in lines_of] == [2, 0]
 

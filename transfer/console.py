@@ -1,6 +1,7 @@
 """Console: messages, errors in one line, progress."""
 
 import contextlib
+import difflib
 import functools
 import io
 import os
@@ -49,6 +50,15 @@ def first_three(items: Sequence) -> str:
     """The first three of some items, and how many follow."""
     rest = f" and {len(items) - 3:,} more" if len(items) > 3 else ""
     return ", ".join(str(item) for item in items[:3]) + rest
+
+
+def nearest_path(path: Path) -> str:
+    """The end of an error about a path that is not there: the most similar name beside it, if there is one."""
+    try:
+        near = difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
+    except OSError:
+        near = []
+    return f"; did you mean {shlex.quote(printable(path.parent / near[0]))}?" if near else ""
 
 
 def summarise(problems: Sequence[str], total: str, fix: str) -> list[str]:

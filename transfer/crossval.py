@@ -136,15 +136,24 @@ def stratified_group_holdout(labels: Tensor, groups: Tensor, fraction: float, se
     return held
 
 
+def in_several_groups(hashes: Tensor, groups: Tensor) -> Tensor:
+    """Which images have an exact copy in another group, as those with two labels: (n,). hashes, groups: (n,)."""
+    _, content = hashes.unique(return_inverse=True)
+    pairs = torch.stack([content, groups], 1).unique(dim=0)
+    return pairs[:, 0].bincount()[content] > 1
+
+
 def group_split(split: Split, fraction: float, seed: int, none_to_spare: str) -> tuple[Split, Split]:
-    """What is left to train on, and a fraction of each class, drawn by seed: photos of one scene on one side, since a
-    head knows the scenes it has seen. Raises UserError (status 1) with the words given where no class has two groups.
+    """What is left to train on, and a fraction of each class, drawn by seed. Photos of one scene are on one side, since
+    a head knows the scenes it has seen; a photo that is in two classes is on the first. Raises UserError (status 1)
+    with the words given where no class has two groups.
     """
     held, features = None, split.features
     labels = features.labels[features.rows]
     if is_main_process():  # which alone has features
         groups = near_duplicates(features.gather(features.rows, slice(2)), labels)
         held = stratified_group_holdout(labels, groups, fraction, seed)
+        held &= ~in_several_groups(features.content_hashes()[features.rows], groups)
     held = broadcast(held)
     if not held.any():
         raise UserError(none_to_spare, status=1)

@@ -18,7 +18,7 @@ from transfer.classes import (
     remap_labels,
     renamed_classes,
 )
-from transfer.console import UserError, first_three, plural, printable, summarise, warn
+from transfer.console import UserError, first_three, nearest_path, plural, printable, summarise, warn
 from transfer.crossval import group_split
 from transfer.depth import grey_bits_of
 from transfer.distributed import is_main_process
@@ -133,7 +133,8 @@ def read_source(path: Path, root: Path) -> tuple[ImageList, list[str]]:
     """A list, or a folder of class folders. Raises UserError where there is neither."""
     if not path.exists():
         missing = os.strerror(errno.ENOENT).lower()
-        raise UserError(f"{printable(path)}: {missing}; name a list, or a folder of class folders")
+        fix = nearest_path(path) or "; name a list, or a folder of class folders"
+        raise UserError(f"{printable(path)}: {missing}{fix}")
     return read_folder(path) if path.is_dir() else read_list(path, root)
 
 

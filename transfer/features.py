@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from transfer.backbone import PASS_BATCH, embed_dataset, unbatch
 from transfer.cache import FeatureCache, image_keys, recipe_digest
-from transfer.console import Progress, first_three, printable, warn
+from transfer.console import SHOWN_PROBLEMS, Progress, first_three, printable, warn
 from transfer.device import Compute
 from transfer.distributed import broadcast, gather_rows, get_rank, get_world_size, is_main_process, rank_slice
 from transfer.lists import check_unreadable
@@ -235,7 +235,8 @@ def extract_chunks(
         for place, (row, values) in enumerate(itertools.islice(images, len(part))):
             if isinstance(values, str):
                 reasons[place] = unreadable[row] = values
-                if max_unreadable and len(unreadable) > max_unreadable:  # no use in going on
+                # No use in going on; but as many are named as are shown.
+                if max_unreadable and len(unreadable) > max(max_unreadable, SHOWN_PROBLEMS):
                     stopped = row + 1 < len(dataset)
                     check_unreadable(dataset.image_list, unreadable, max_unreadable, stopped=stopped)
             else:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from transfer.console import UserError, os_reason, printable
+from transfer.console import UserError, nearest_path, os_reason, printable
 from transfer.safetensors import is_safetensors, load_safetensors
 
 
@@ -46,7 +46,7 @@ def load_untrusted(path: Path, mmap: bool = False, check: bool = True) -> object
     try:
         file = open_regular(path)
     except OSError as error:
-        raise UserError(f"{name}: {os_reason(error)}; name a file of weights") from None
+        raise UserError(f"{name}: {os_reason(error)}{nearest_path(path) or '; name a file of weights'}") from None
     try:
         with file:
             head, size = file.read(9), os.fstat(file.fileno()).st_size

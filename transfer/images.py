@@ -53,6 +53,8 @@ def read_image(path: str | bytes | os.PathLike, grey_bits: int = GREY_BITS) -> I
 def decode_image(file: io.BufferedIOBase, grey_bits: int = GREY_BITS) -> Image.Image:
     """The image in an open file, as `read_image` gives it."""
     head = file.read(HEAD)
+    if not head:
+        raise ImageError("an empty file")
     file.seek(0)
     format = format_of(head)
     if format == "AVIF" and not features.check("avif"):

@@ -10,7 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transfer.console import SHOWN_PROBLEMS, UserError, first_three, os_reason, plural, printable, summarise, warn
+from transfer.console import (
+    SHOWN_PROBLEMS,
+    UserError,
+    first_three,
+    nearest_path,
+    os_reason,
+    plural,
+    printable,
+    summarise,
+    warn,
+)
 from transfer.labels import Labels, kind_of_lines, kind_of_table, sort_names, split_lines, split_table
 
 LIST_SUFFIXES = (".txt", ".csv")
@@ -100,8 +110,8 @@ class ListsError(UserError):
     """All that is wrong in the lists: the first ten problems and their number."""
 
     def __init__(self, problems: Sequence[str]):
-        total = f"{plural(len(problems), 'problem')} in the lists"
-        super().__init__(*summarise(problems, total, "fix them and run again"))
+        total = f"{plural(len(problems), 'problem')} found"
+        super().__init__(*summarise(problems, total, "fix and run again"))
 
 
 def read_text(path: Path) -> bytes:
@@ -110,7 +120,7 @@ def read_text(path: Path) -> bytes:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{name}: {os_reason(error)}; name an existing text file") from None
+        raise UserError(f"{name}: {os_reason(error)}{nearest_path(path) or '; name an existing text file'}") from None
 
     def line_of(at: int) -> int:
         return raw.count(b"\n", 0, at) + 1
@@ -199,7 +209,8 @@ def check_lists(train: ImageList, held_out: Sequence[ImageList], problems: Seque
         raise ListsError(problems)
     gaps = torch.nonzero(known == 0).flatten().tolist()
     if gaps == [*range(len(gaps))] != []:
-        warn(f"{train.name}: labels start at {len(gaps)}, not at 0: no image has label {first_three(gaps)}")
+        none = f"no image has label {first_three(gaps)}, which does no harm"
+        warn(f"{train.name}: labels start at {len(gaps)}, not at 0: {none}")
     elif gaps:
         warn(f"{train.name}: no image has label {first_three(gaps)}: its class can never be learned")
     if single := torch.nonzero(known == 1).flatten().tolist():

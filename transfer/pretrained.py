@@ -140,4 +140,6 @@ def load_pretrained(weights: str | None, arch: str) -> Pretrained:
     caveat = (
         f"no ImageNet weights ({reason}): used the bundled {bundled}, which is far weaker; for the real ones, {fix}"
     )
-    return Pretrained(load_backbone(BUNDLED_WEIGHTS, arch), f"{name}, {bundled} (bundled)", [caveat])
+    return Pretrained(
+        load_backbone(BUNDLED_WEIGHTS, arch), f"{name}, {bundled} (bundled: no ImageNet weights)", [caveat]
+    )

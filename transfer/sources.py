@@ -3,6 +3,7 @@
 import glob
 import itertools
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from transfer.classes import remap_labels
-from transfer.console import UserError, printable
-from transfer.files import open_regular
+from transfer.console import UserError, nearest_path, printable, warn
+from transfer.files import open_regular, path_digest
 from transfer.folders import images_below, read_folder
 from transfer.formats import SUFFIXES
 from transfer.labels import NUMBERED, same_name, sort_names
@@ -62,9 +63,25 @@ def expand_pattern(argument: str) -> list[str]:
     return sorted(glob.glob(argument)) or [argument]
 
 
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Warn of names that are not there where others like them are. Raises UserError where a path's quotes are missing.
+
+    What is not there still has a row in what is printed.
+    """
+    for first, argument in enumerate(arguments):
+        if os.path.lexists(argument) or glob.has_magic(argument):
+            continue
+        for last in range(first + 1, len(arguments)):
+            if os.path.exists(whole := " ".join(arguments[first : last + 1])):
+                raise UserError(f"a path with spaces needs quotes: {shlex.quote(printable(whole))}")
+        if hint := nearest_path(Path(argument)):
+            warn(f"{printable(argument)}: no such file{hint}")
+
+
 def read_sources(arguments: Sequence[str], root: Path, labelled: bool) -> list[Source]:
     """The images that files, folders and lists name. labelled: folders hold class folders. Raises UserError."""
     sources, problems = [], []
+    check_arguments(arguments)
     for argument in itertools.chain.from_iterable(map(expand_pattern, arguments)):
         found = []
         if os.path.isdir(argument) and not labelled:
@@ -112,6 +129,9 @@ def join_sources(sources: Sequence[Source], metadata: dict, model: Path, flag: s
     """All images as one list, and which of them have labels (n,). Raises UserError as `label_source` does."""
     labelled = [label_source(source, metadata, model, flag) for source in sources]
     image_lists = [source.image_list for source in sources]
+    for image_list, known in zip(image_lists, labelled, strict=True):
+        if known and path_digest(image_list.name) in metadata.get("trained_lists", []):
+            warn(f"{image_list.name}: the model was trained on images of it, so the accuracy is far too high")
     has_label = torch.tensor(labelled).repeat_interleave(torch.tensor([len(each) for each in image_lists]))
     if len(sources) == 1:
         return image_lists[0], has_label

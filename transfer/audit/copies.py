@@ -179,7 +179,8 @@ def copy_findings(
 ) -> Iterator[Finding]:
     """A finding for each image with a copy: the most certain one before it in its split, or among the training images.
 
-    Of two labels in conflict the finding's is the one that is more probably wrong.
+    Of two labels in conflict the finding's is the one that is more probably wrong; the other is suggested in its place
+    where that one is probably right.
     """
 
     def error_prob(end: tuple[int, int]) -> float:
@@ -192,7 +193,8 @@ def copy_findings(
             conflict = splits[query].labels[place] != splits[key].labels[other]
             if conflict:
                 (first, at), (second, beside) = sorted(ends, key=error_prob, reverse=True)
-                suggestion = int(splits[second].labels[beside])
+                certain = error_prob((first, at)) > 0.5 > error_prob((second, beside))
+                suggestion = int(splits[second].labels[beside]) if certain else None
                 yield Finding("conflict", splits[first], at, score, suggestion, (splits[second], beside))
             kind = "leak" if query != key else "duplicate"
             if (kind == "leak" or not conflict) and place not in reported:

@@ -41,7 +41,7 @@ WORDS = {
     "label": "Look at each photo. If the label is wrong, move the photo to the right folder or correct its line in the "
     "list, then train again; if it is right, leave it.",
     "conflict": "The same photo, perhaps resized, recompressed, cropped or mirrored, with two labels. One of them is "
-    "wrong: probably the first. Delete that one, or correct its label.",
+    "wrong: delete that photo, or correct its label. Where one is probably right, the card says which.",
     "leak": "The same photo in both lists makes the test accuracy look better than it is: remove it from one of them.",
     "duplicate": "The same photo twice with one label counts twice in training. Different photos of one scene are not "
     "meant: they do no harm. Delete one of the two, or leave them: they do little harm.",
@@ -71,6 +71,8 @@ def finding_card(finding: Finding, classes: Sequence[str]) -> str:
         split, place = finding.other
         other = escape(classes[int(split.labels[place])])
         caption = f"both {caption}" if other == label else f"{caption} and <b>{other}</b>"
+        if finding.suggestion is not None:
+            caption += f"; probably <b>{other}</b>"
         picture = f'<div class="twins">{picture}{thumbnail(finding.other_path, f"labelled {other}")}</div>'
         where += place_of(split, place)
     elif finding.suggestion is not None:
@@ -252,7 +254,7 @@ def save_audit(path: Path, audit: Audit, classes: Sequence[str], model: Path) ->
     words = (
         plural(counts["label"], "probably wrong label")
         + (f" (not judged: {skipped})" if (skipped := audit.not_judged()) else ""),
-        f"{copies:,} copies",
+        plural(copies, "copy", "copies"),
         plural(counts["outlier"], "strange photo"),
     )
     return f"{printable(path)} and {printable(table)}: {', '.join(words)}"

@@ -271,8 +271,8 @@ def confusion_matrix(scores: ClassificationScores, classes: list[str]) -> str:
     )
     matrix = f'<div class="matrix" style="--fit:{fit:.3f}">{"".join(parts)}</div>'
     return (
-        "<p>A row is a true class, a column what its images were taken for; the darker, the larger the share of the "
-        f"row. {common_mistakes(scores, classes)}</p>{scroller('Confusion matrix', matrix, len(classes))}"
+        "<p>A row is a true class, a column what its images were taken for; the stronger the colour, the larger the "
+        f"share of the row. {common_mistakes(scores, classes)}</p>{scroller('Confusion matrix', matrix, len(classes))}"
     )
 
 

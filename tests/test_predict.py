@@ -493,7 +493,7 @@ def test_a_pattern_that_a_shell_left_alone_is_expanded(model, quick_model):
     assert answer("none*.png", status=1)[1].startswith("error: none*.png: ")
 
 
-def test_a_name_that_is_not_there_gets_the_one_beside_it_or_its_quotes(model, quick_model):
+def test_a_name_that_is_not_there_gets_the_one_beside_it_or_its_quotes(model):
     Path("my kiwis").mkdir()
     shutil.copy("red.png", "my kiwis/3.png")
     assert answer("red.pgn", "green.png", status=1)[1].splitlines() == [

@@ -143,6 +143,7 @@ TARGETS = {
     "../{here}/red.png": "is read by this run; name another file to write",
     "./best.pth": "is read by this run; name another file to write",
     "best.csv": "is read by this run; name another file to write",
+    "mistakes.pdf": "is a web page; name it mistakes.html",
 }
 
 

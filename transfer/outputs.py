@@ -16,6 +16,7 @@ from transfer.files import backup_path, history_path
 COPIES = 3.1  # of a checkpoint that a folder needs room for: the previous one, the old one and the new one; and figures
 STALE = 3600  # seconds after which a temporary file is what a killed run left: no write takes so long
 CHECKPOINT_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", "")
+PAGE_ENDINGS = (".html", ".htm", "")
 BOM = b"\xef\xbb\xbf"
 STARTS = {  # of the files that we write beside checkpoints, by which an earlier one is known
     "a run's figures": b"epoch,train_loss,",
@@ -109,6 +110,8 @@ def check_outputs(outputs: Sequence[Output], inputs: Iterable[str | bytes | os.P
             raise UserError(f"{where}: {os_reason(error)}; name another file") from None
         if foreign:
             raise UserError(f"{where}: is there already, and is not {output.kind}; move it, or name another file")
+        if output.kind == "a page of ours" and output.path.suffix.lower() not in PAGE_ENDINGS:
+            raise UserError(f"{where}: is a web page; name it {printable(output.path.with_suffix('.html'))}")
 
 
 def prepare_outputs(

@@ -184,8 +184,9 @@ def curve_chart(curve: Curve) -> str:
     parts += [svg_line((xs[-2], y(means[-1])), (xs[-1], y(each)), "line blue dash") for each in expected]
     for x, draws in zip(xs, curve.accuracy.tolist()):
         parts += [f'<circle class="blue" cx="{x:.1f}" cy="{y(each):.1f}" r="3"/>' for each in draws]
-    for x, mean in zip(xs, [*means, *expected]):
-        parts.append(svg_text(x, y(mean) - 14, f"{mean:.0%}", "mid ink"))
+    tops = [*curve.accuracy.amax(1).tolist(), *expected]  # above which there is room for a number
+    for x, top, mean in zip(xs, tops, [*means, *expected]):
+        parts.append(svg_text(x, y(top) - 10, f"{mean:.0%}", "mid ink"))
     label = "Cross-validated accuracy by training images: "
     label += ", ".join(f"{mean:.1%} of {size:,}" for size, mean in zip(sizes, [*means, *expected], strict=True))
     label += ", the last as expected" if expected else ""

@@ -37,6 +37,7 @@ from transfer.pages.html import (
 MISTAKES, HITS = 24, 12  # images shown of each
 MAX_DROPS = 12  # of the learning rate that are marked
 FEW = 10  # images below which a share says little
+ENOUGH_IMAGES = 100  # for a calibration error: by chance alone it is some 15 points of 15 images
 CELLS = ((24, 34, 12), (60, 23, 11), (math.inf, 15, 9.5))  # matrix: classes up to, cell and letter size in pixels
 PRINT_WIDTH = 660  # pixels of A4 between its margins
 MAX_MATRIX_CLASSES = 1000  # classes: a larger matrix is read by nobody
@@ -69,10 +70,11 @@ def headline(scores: ClassificationScores, ece: float) -> str:
         f"{rounded_percent(interval[1], interval)}</p></div>"
         for name, kind, value, interval in figures
     ]
-    parts.append(
-        f'<div><p class="name">Calibration error</p><span class="big">{ece:.1%}</span>'
-        f"<p>‘80% sure’ should mean right 8 times in 10; it is off by {100 * ece:.1f} points on average</p></div>"
-    )
+    figure, words = NONE, "too few photos to tell"
+    if scores.count >= ENOUGH_IMAGES:
+        figure = f"{ece:.1%}"
+        words = f"‘80% sure’ should mean right 8 times in 10; it is off by {100 * ece:.1f} points on average"
+    parts.append(f'<div><p class="name">Calibration error</p><span class="big">{figure}</span><p>{words}</p></div>')
     return f'<div class="stats">{"".join(parts)}</div>'
 
 

@@ -6,7 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from transfer.console import UserError
+from transfer.console import UserError, plural
 from transfer.files import open_regular
 from transfer.lists import ImageList
 from transfer.signals import check_stop
@@ -69,10 +69,10 @@ def read_pile(sources: Sequence[Source], leave_out: Sequence[Source]) -> ImageLi
     first, start = first_copies([*labelled, *paths]), len(labelled)
     chosen = [path for place, path in enumerate(paths, start) if first[place] == place]
     known = sum(place < start for place in first[start:])
-    left_out = f"{known:,} in --except, {len(paths) - known - len(chosen):,} copies"
+    left_out = f"{known:,} in --except, {plural(len(paths) - known - len(chosen), 'copy', 'copies')}"
     if not chosen:
         why = f"all are left out ({left_out})" if paths else "none is on standard input"
         raise UserError(f"no photo to label: {why}; name others")
     if len(chosen) < len(paths):
-        print(f"left out {left_out}; {len(chosen):,} photos to choose from", file=sys.stderr)
+        print(f"left out {left_out}; {plural(len(chosen), 'photo')} to choose from", file=sys.stderr)
     return ImageList("pile", chosen, [0] * len(chosen), range(len(chosen)))

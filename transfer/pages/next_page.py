@@ -34,9 +34,9 @@ def save_next(
         f"help {escape(model)} most: typical of the others, unclear to the model, and different from each other.</p>"
     )
     words = (
-        "<p>The most useful first. Look at each photo, move it into its class’s folder or add its path and class to "
-        "your list, then train again; the bars are the model’s guesses, which may all be wrong.</p>"
+        "<p>Look at each photo, move it into its class’s folder or add its path and class to your list, then train "
+        "again. The bars are the model’s guesses, which may all be wrong.</p>"
     )
     cards = "".join(next_card(answer, classes) for answer in answers)
     body = f'{words}<ul class="cards">{cards}</ul>'
-    save_atomically(path, page(title, header, [("Photos", body, "")]).encode())
+    save_atomically(path, page(title, header, [("The most useful first", body, "")]).encode())

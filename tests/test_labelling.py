@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import answer, save_photo
+from conftest import answer, growth, save_photo
 from PIL import Image
 from torch.nn import functional as F
 
@@ -99,6 +99,16 @@ def test_a_signal_ends_the_choice(monkeypatch):
     monkeypatch.setattr(StopRequest, "signum", signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         next(most_worthy(torch.eye(3), torch.ones(3), torch.ones(3), 3, is_copy=never))
+
+
+def test_features_are_held_once():
+    photos, width = 8000, 2048
+
+    def choose():
+        units = unit_vectors(torch.rand(photos, width))
+        assert len([*most_worthy(units, torch.ones(photos), torch.ones(photos), 3, is_copy=never)]) == 3
+
+    assert growth(choose) < 1.5 * 4 * photos * width
 
 
 # What is printed

@@ -152,6 +152,6 @@ class History:
         figures += f"  {val.macro_recall:11.2%}  {lr:.6f}" if self.balanced else f"  {lr:.6f}"
         print(f"{figures}{'  best' if best else ''}", flush=True)
 
-    def lrs(self) -> list[float]:
-        """The learning rate of each epoch up to the best one."""
-        return [row[-2] for row in self.rows[1 : self.best_epoch + 1]]
+    def lrs(self, epochs: int) -> list[float]:
+        """The learning rate of each of the first epochs."""
+        return [row[-2] for row in self.rows[1 : epochs + 1]]

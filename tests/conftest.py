@@ -15,7 +15,7 @@ import pytest
 import torch
 from browsing import browser  # noqa: F401
 from PIL import Image
-from processes import ROOT, finished, run_forked, start_script
+from processes import ROOT, run_forked, run_script
 from torch import nn
 from torch.nn import functional as F
 
@@ -125,23 +125,20 @@ def colours(tmp_path, monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of the real run on the sample come last: it takes long, and goes on beside the others."""
-    items.sort(key=lambda item: "sample_run" in item.fixturenames)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def sample_job(request, tmp_path_factory):
-    """The main job on the sample photos, begun at once where a test will ask for it; and its checkpoint."""
-    if not any("sample_run" in item.fixturenames for item in request.session.items):
-        return None
-    out = tmp_path_factory.mktemp("sample") / "best.pth"
-    return start_script("train.py", "--epochs", 20, "--out", out, "--cache", out.parent / "kept"), out
+    """Of two processes that share the tests (pytest-xdist), one has those of the run on the sample, one the browser."""
+    for item in items:
+        for fixture in {"sample_run", "browser"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group(fixture))
 
 
 @pytest.fixture(scope="session")
-def sample_run(sample_job):
-    """The main job on the sample photos: the finished process and the checkpoint; its features lie in `kept` beside."""
-    done, out = finished(sample_job[0]), sample_job[1]
+def sample_run(tmp_path_factory):
+    """The main job on the sample photos: the finished process and the checkpoint; its features lie in `kept` beside.
+
+    It takes 15 to 30 s, once for all tests that are about real photos.
+    """
+    out = tmp_path_factory.mktemp("sample") / "best.pth"
+    done = run_script("train.py", "--epochs", 20, "--out", out, "--cache", out.parent / "kept")
     assert done.returncode == 0, done.stderr
     return done, out
 

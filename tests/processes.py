@@ -1,6 +1,5 @@
 """The scripts in processes of their own: started as a user starts them, or forked from one that has imported torch."""
 
-import itertools
 import multiprocessing
 import os
 import runpy
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 170  # seconds that a process is given
+PATIENCE = 600  # seconds that a process is given, also where much else shares the cores
 # A machine where every download is refused.
 OFFLINE = {"https_proxy": "http://127.0.0.1:9", "no_proxy": "", "TORCH_HOME": "/nonexistent/torch"}
 
@@ -47,20 +46,19 @@ class Forked:
     by this process.
     """
 
-    numbers = itertools.count()
-
     def __init__(
         self,
         args: list[str],
         environment: dict[str, str],
         cwd: Path | str = ".",
         *,
-        output: str | None = None,
+        output: tempfile.TemporaryDirectory | None = None,
         method: str = "forkserver",
     ):
         context = multiprocessing.get_context(method)
-        self.args, self.output = args, output
-        self.process = context.Process(target=run_as_main, args=(args, environment, os.path.abspath(cwd), output))
+        self.args, self.output = args, output  # a folder for what is printed, else it goes where this process's goes
+        run = args, environment, os.path.abspath(cwd), output and output.name
+        self.process = context.Process(target=run_as_main, args=run)
         self.process.start()
         self.pid = self.process.pid
 
@@ -82,7 +80,7 @@ class Forked:
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         self.wait(timeout)
-        return tuple(Path(f"{self.output}.{stream}").read_text() for stream in ("out", "err"))
+        return tuple(Path(self.output.name, stream).read_text() for stream in ("out", "err"))
 
 
 def start_server() -> None:
@@ -99,7 +97,7 @@ def fork_script(script: str, *args: object, cwd: Path = ROOT, **environment: str
     start_server()
     path = [str(ROOT / script)] if script.endswith(".py") else [script]
     command = [*path, *map(str, args)]
-    return Forked(command, os.environ | OFFLINE | environment, cwd, output=f"{tempfile.mkdtemp()}/std")
+    return Forked(command, os.environ | OFFLINE | environment, cwd, output=tempfile.TemporaryDirectory())
 
 
 def run_forked(script: str, *args: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -112,7 +110,7 @@ def run_as_main(args: list[str], environment: dict[str, str], cwd: str, output: 
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    for stream, name in enumerate((os.devnull, f"{output}.out", f"{output}.err") if output else ()):
+    for stream, name in enumerate((os.devnull, f"{output}/out", f"{output}/err") if output else ()):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), stream)
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         signal.signal(number, handler)  # not those of the process that it is forked from

@@ -69,6 +69,7 @@ open(f"decoded{rank}", "w").write("\\n".join(decoded))
 def test_two_ranks_one_of_which_dies_once_give_the_features_and_the_head_of_one_byte_for_byte(
     colours, full_size, monkeypatch
 ):
+    # Over 3 s: four passes of a ResNet-18, two of them by ranks that share the cores and start twice.
     lines = Path("train.txt").read_text().splitlines()
     Path("train.txt").write_text("\n".join(lines[:-1]))  # 11 images, of which 3 are for the validation
     Path("die.py").write_text(DIE)
@@ -208,6 +209,7 @@ train.main(sys.argv[1:])
 
 
 def test_a_rank_left_over_in_a_shell_makes_no_silent_run(few):
-    done = run_forked("train.py", "--weights", "none", "--workers", 0, "--epochs", 1, cwd=few, RANK="1", LOCAL_RANK="1")
+    options = ("--weights", "none", "--workers", 0, "--epochs", 1, "--views", 1)
+    done = run_forked("train.py", *options, cwd=few, RANK="1", LOCAL_RANK="1")
     assert done.returncode == 0 and "saved     best.pth" in done.stdout
     assert Path("best.pth").exists()

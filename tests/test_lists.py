@@ -278,6 +278,7 @@ def lists(tmp_path, monkeypatch):
 )
 @given(st.randoms(use_true_random=True), st.binary(max_size=12), st.floats(0, 1))
 def test_2000_mutated_lists_are_read_as_written_or_user_errors(lists, rng, extra, place):
+    # Over 3 s: the rare mistakes of a parser take that many.
     (lines,), tokens, check = lists
     content = fuzz.mutate(lines, rng, tokens)
     at = int(place * len(content))

@@ -178,6 +178,7 @@ def test_the_seed_fixes_the_run_and_another_changes_it(trained):
 
 
 def test_importing_either_script_does_nothing_and_leaves_ctrl_c_alone(tmp_path):
+    # Over 3 s: a new Python imports torch, as in the other tests that start a script instead of forking it.
     code = (
         "import signal, torch; a = torch.get_rng_state(); import train, predict\n"
         "assert torch.equal(a, torch.get_rng_state()) and signal.getsignal(signal.SIGINT) is signal.default_int_handler"

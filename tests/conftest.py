@@ -6,7 +6,6 @@ import functools
 import io
 import os
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -16,10 +15,10 @@ import pytest
 import torch
 from browsing import browser  # noqa: F401
 from PIL import Image
+from processes import ROOT, run_forked, run_script
 from torch import nn
 from torch.nn import functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import predict  # noqa: E402
@@ -37,28 +36,6 @@ from transfer.training import Hyperparameters  # noqa: E402
 BUNDLED = ROOT / "food" / "resnet18-grocery.pth"
 HPARAMS = Hyperparameters.from_flags(vars(parse_train_args([])))  # the recipe's
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
-
-
-def start_script(script: str, *args: object, cwd: Path = ROOT, **environment: str) -> subprocess.Popen:
-    """A script as a user runs it, on a machine where every download is refused."""
-    refused = {"https_proxy": "http://127.0.0.1:9", "no_proxy": "", "TORCH_HOME": "/nonexistent/torch"}
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=os.environ | refused | environment, **pipes)
-
-
-def finished(script: subprocess.Popen) -> subprocess.CompletedProcess:
-    """The same when it has ended; it is given three minutes."""
-    try:
-        out, err = script.communicate(timeout=170)
-    except subprocess.TimeoutExpired:
-        script.kill()
-        raise
-    return subprocess.CompletedProcess(script.args, script.returncode, out, err)
-
-
-def run_script(script: str, *args: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    return finished(start_script(script, *args, cwd=cwd, **environment))
 
 
 def run_main(main, *args: object) -> tuple[int, str, str]:
@@ -148,23 +125,20 @@ def colours(tmp_path, monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of the real run on the sample come last: it takes long, and goes on beside the others."""
-    items.sort(key=lambda item: "sample_run" in item.fixturenames)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def sample_job(request, tmp_path_factory):
-    """The main job on the sample photos, begun at once where a test will ask for it; and its checkpoint."""
-    if not any("sample_run" in item.fixturenames for item in request.session.items):
-        return None
-    out = tmp_path_factory.mktemp("sample") / "best.pth"
-    return start_script("train.py", "--epochs", 20, "--out", out, "--cache", out.parent / "kept"), out
+    """Of two processes that share the tests (pytest-xdist), one has those of the run on the sample, one the browser."""
+    for item in items:
+        for fixture in {"sample_run", "browser"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group(fixture))
 
 
 @pytest.fixture(scope="session")
-def sample_run(sample_job):
-    """The main job on the sample photos: the finished process and the checkpoint; its features lie in `kept` beside."""
-    done, out = finished(sample_job[0]), sample_job[1]
+def sample_run(tmp_path_factory):
+    """The main job on the sample photos: the finished process and the checkpoint; its features lie in `kept` beside.
+
+    It takes 15 to 30 s, once for all tests that are about real photos.
+    """
+    out = tmp_path_factory.mktemp("sample") / "best.pth"
+    done = run_script("train.py", "--epochs", 20, "--out", out, "--cache", out.parent / "kept")
     assert done.returncode == 0, done.stderr
     return done, out
 
@@ -198,9 +172,7 @@ def small_run(tmp_path_factory):
     """A float32 checkpoint trained for two epochs on solid colours with the bundled backbone, and its folder."""
     folder = tmp_path_factory.mktemp("small")
     make_photos(folder)
-    done = run_script(
-        "train.py", "--epochs", 2, "--precision", "float32", "--weights", ROOT / "food/resnet18-grocery.pth", cwd=folder
-    )
+    done = run_forked("train.py", "--epochs", 2, "--precision", "float32", "--weights", BUNDLED, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -209,20 +181,32 @@ PLAIN = ("--weights", "none", "--workers", 0, "--epochs", 1)
 
 
 class SmallNetwork(nn.Module):
-    """Stands in for the ResNets where the test is not about the network: 512 features and a head, in 0.1 MB."""
+    """A ResNet-18's parts by their names, each but two convolutions and the head empty: 0.6 MB instead of 45."""
 
     def __init__(self, num_classes=1000):
         super().__init__()
-        self.conv1, self.avgpool = nn.Conv2d(3, 512, 4, stride=32), nn.AdaptiveAvgPool2d(1)
+        self.conv1 = nn.Conv2d(3, 256, 4, stride=32)
+        for name in ("bn1", "relu", "maxpool", "layer1", "layer2", "layer3"):
+            setattr(self, name, nn.Identity())
+        self.layer4, self.avgpool = nn.Conv2d(256, 512, 1), nn.AdaptiveAvgPool2d(1)
+        nn.init.kaiming_normal_(self.layer4.weight)  # as in the ResNets: from small features a head learns slowly
         self.fc = nn.Linear(512, num_classes)
 
 
 @pytest.fixture
-def job(colours, monkeypatch):
-    """In a folder with lists of solid colours: what train.py makes of more arguments, with a small network."""
+def small(monkeypatch):
+    """A small network in place of the ResNets, and no waiting for the disk: for tests that are about neither. A run
+    with a ResNet-18 takes 0.8 s to build, save and load it.
+    """
     monkeypatch.setattr("transfer.architectures.get_model", lambda arch, num_classes: SmallNetwork(num_classes))
     # Nothing kept of other networks.
     monkeypatch.setattr("transfer.architectures.weights_of", architecture_weights.__wrapped__)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture
+def job(colours, small, tiny):
+    """In a folder with lists of solid colours: what train.py makes of more arguments, network and views small."""
     return lambda *args: run_main(train.main, *PLAIN, *args)
 
 
@@ -341,8 +325,10 @@ def few(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Features that are the pixels at low resolution: for tests in which the network's own arithmetic plays no part."""
+def quick(small, tiny, monkeypatch):
+    """Small network and views, and features that are the pixels at low resolution: for tests in which the network's own
+    arithmetic plays no part.
+    """
 
     def embed(module, views, compute):
         return F.adaptive_avg_pool2d(views.permute(0, 3, 1, 2) / 255, (13, 14)).flatten(1)[:, :512]

@@ -219,18 +219,18 @@ def test_where_no_label_was_judged_the_page_says_so_instead_of_0(few, tiny):
     assert 'id="labels">–</span><p>Not judged: 6 training and 6 test photos</p>' in page
 
 
-def test_a_run_without_it_names_the_flag_at_its_end(few, tiny):
+def test_a_run_without_it_names_the_flag_at_its_end(few, small, tiny):
     assert "--audit audit.html" in go("--epochs", 1).splitlines()[-1]
 
 
 @pytest.mark.parametrize("more", [["--val-split", 0.5], ["--views", 1], ["--finetune-epochs", 1]])
-def test_any_run_can_be_audited(colours, tiny, more):
+def test_any_run_can_be_audited(colours, small, tiny, more):
     go("--audit", "look.html", "--epochs", 2, *more)
     rows = table("look.csv")
     assert all(row["kind"] in ("label", "conflict", "leak", "duplicate", "outlier") for row in rows)
 
 
-def test_the_table_has_exact_names_and_a_row_a_finding(colours, tiny):
+def test_the_table_has_exact_names_and_a_row_a_finding(colours, small, tiny):
     odd = 'red, "so called"\n.png'
     Image.open("red/train_0.png").save(odd)
     Image.open("red/train_0.png").save("twice.png")
@@ -251,7 +251,7 @@ def test_the_table_has_exact_names_and_a_row_a_finding(colours, tiny):
     assert {row["label"] for row in rows} <= {"red", "green", "blue", "0", "1", "2"}
 
 
-def test_with_a_cache_an_audit_makes_no_pass(few, tiny, decoded):
+def test_with_a_cache_an_audit_makes_no_pass(few, small, tiny, decoded):
     go("--cache", "kept", "--epochs", 1)
     decoded.clear()
     go("--cache", "kept", "--epochs", 1, "--audit", "look.html")
@@ -268,13 +268,13 @@ def test_with_a_cache_an_audit_makes_no_pass(few, tiny, decoded):
         ("train.txt", "train.txt: is read by this run; name another file to write"),
     ],
 )
-def test_a_place_that_can_not_be_written_is_one_line_before_any_work(few, tiny, decoded, path, error):
+def test_a_place_that_can_not_be_written_is_one_line_before_any_work(few, small, tiny, decoded, path, error):
     status, out, err = run_main(train.main, "--weights", "none", "--workers", 0, "--audit", path)
     assert (status, err) == (2, f"error: --audit {error.format(os.strerror(errno.ENOENT).lower())}\n")
     assert not decoded and not Path("best.pth").exists()
 
 
-def test_an_audit_of_the_smallest_lists_says_little_and_does_not_fail(tmp_path, monkeypatch, tiny):
+def test_an_audit_of_the_smallest_lists_says_little_and_does_not_fail(tmp_path, monkeypatch, small, tiny):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         Image.new("RGB", (40, 40), (math.prod(map(ord, name)) % 255, 9, 9)).save(f"{name}.png")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BUNDLED, ROOT, run_main, run_script
+from conftest import BUNDLED, ROOT, run_main
+from processes import finished, fork_script
 from torch import nn
 from torchvision.models import resnet18
 
@@ -86,7 +87,7 @@ def test_bfloat16_features_are_within_a_percent_of_float32_and_as_often_right(sa
 
 
 def test_features_do_not_depend_on_workers_batches_or_order():
-    photos, backbone = sample(count=10), bundled_backbone()
+    photos, backbone = sample(count=6), bundled_backbone()  # over 3 s: four passes of a ResNet-18, none can be shared
     views = train.ImageDataset(photos, range(3), seed=5)
 
     def extract(workers):
@@ -96,26 +97,35 @@ def test_features_do_not_depend_on_workers_batches_or_order():
     assert torch.equal(plain, extract(1))
     assert torch.equal(plain, extract(3))
     options = {"batch_size": 3, "per_image": 3, "compute": CPU}
-    backwards = [v for _, v, _ in embed_dataset(backbone, views, range(10)[::-1], **options)]
+    backwards = [v for _, v, _ in embed_dataset(backbone, views, range(6)[::-1], **options)]
     assert torch.equal(plain, torch.cat(backwards).flip(0))
 
 
+SPAWN = """
+import runpy, sys, transfer.backbone
+transfer.backbone.START_METHOD = "spawn"
+runpy.run_path(sys.argv.pop(0) and sys.argv[0], run_name="__main__")
+"""
+
+
 def test_spawned_workers_as_on_macos_and_windows_find_what_they_unpickle(colours):
-    # Each Python of this environment imports sitecustomize first, the workers' too, which need no change.
-    start = "import transfer.backbone\n    transfer.backbone.START_METHOD = 'spawn'"
-    Path("sitecustomize.py").write_text(
-        f"import sys\nopen('started', 'a').write('x')\nif '-c' not in sys.orig_argv:\n    {start}\n"
-    )
+    # Over 3 s: each of the two workers is a new Python, which imports torch.
+    Path("sitecustomize.py").write_text("import sys\nopen('started', 'a').write(' '.join(sys.orig_argv) + '\\n')\n")
     options = ("--weights", "none", "--epochs", 2, "--views", 2, "--precision", "float32", "--device", "cpu")
-    spawned = {"PYTHONPATH": os.pathsep.join((str(colours), str(ROOT))), "OMP_NUM_THREADS": "1"}
-    done = run_script("train.py", *options, "--workers", 1, "--out", "spawned.pth", cwd=colours, **spawned)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert len(Path("started").read_text()) > 2  # a forked worker would not have started Python anew
+    options += ("--cache", "kept")
     assert run_main(train.main, *options, "--workers", 0)[0] == 0
+    max(Path("kept").iterdir(), key=os.path.getsize).unlink()  # the training list's: two views
+    spawning = {"cwd": colours, "PYTHONPATH": os.pathsep.join((str(colours), str(ROOT))), "OMP_NUM_THREADS": "1"}
+    labelled = ("test.txt", "--workers", 1, "--batch-size", 4, "--device", "cpu")
+    runs = [
+        fork_script(SPAWN, ROOT / "train.py", *options, "--workers", 1, "--out", "spawned.pth", **spawning),
+        fork_script(SPAWN, ROOT / "predict.py", *labelled, **spawning),
+    ]
+    trained, predicted = map(finished, runs)
+    assert (trained.returncode, trained.stderr) == (predicted.returncode, predicted.stderr) == (0, "")
+    assert Path("started").read_text().count("--multiprocessing-fork") == 2  # a forked worker starts no Python
     assert Path("spawned.csv").read_text() == Path("best.csv").read_text()
-    predict_options = ("test.txt", "--workers", 1, "--batch-size", 4, "--model", "spawned.pth", "--device", "cpu")
-    done = run_script("predict.py", *predict_options, cwd=colours, **spawned)
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.count(".png  ") == 12
+    assert predicted.stdout.count(".png  ") == 12
 
 
 @pytest.mark.usefixtures("impatient")

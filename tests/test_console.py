@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PLAIN, ROOT, add_line, make_photos, run_main
+from processes import fork_script
 
 import predict
 from transfer import console
@@ -45,9 +46,7 @@ def test_odd_names_work_and_are_printed_escaped(trained, name):
 
 
 SLOW_RUN = """
-import os, sys, time
-sys.path.insert(0, sys.argv.pop(1))
-import train
+import os, sys, time, train
 read = train.read_image
 
 def slow(path, *rest):
@@ -66,22 +65,10 @@ def test_ctrl_c_and_sigterm_end_a_run_with_one_line_and_no_orphans(tmp_path):
     runs = []
     for name, *_ in cases:
         (tmp_path / f"{name}.pth").write_bytes(b"the old one")
-        command = [
-            sys.executable,
-            "-c",
-            SLOW_RUN,
-            str(ROOT),
-            *map(str, PLAIN),
-            "--workers",
-            "2",
-            "--out",
-            f"{name}.pth",
-        ]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-        runs.append(subprocess.Popen(command, cwd=tmp_path, **pipes))
+        runs.append(fork_script(SLOW_RUN, *PLAIN, "--workers", 2, "--out", f"{name}.pth", cwd=tmp_path))
     for (name, number, send), run in zip(cases, runs, strict=True):
         while len(list(tmp_path.glob(f"{name}.pth.*"))) < 2:  # both workers are at it, for nine seconds
-            assert run.poll() is None, run.stderr.read()
+            assert run.poll() is None, run.communicate()
             time.sleep(0.05)
         send(run.pid, number)
     for (name, number, _), run in zip(cases, runs, strict=True):
@@ -127,11 +114,6 @@ def test_where_ctrl_c_is_ignored_as_in_the_background_it_stays_so():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("still here\n", "")
-
-
-def test_importing_the_scripts_leaves_ctrl_c_alone():
-    code = "import signal, train, predict; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).stdout == b"True\n"
 
 
 @pytest.mark.parametrize(

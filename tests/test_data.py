@@ -77,7 +77,7 @@ def test_the_split_is_that_of_the_view_seed(photos, quick):
     assert test_list() == test_list("--seed", 5, "--view-seed", 0) != test_list("--view-seed", 1)
 
 
-def test_of_the_held_out_images_none_is_trained_on_also_with_a_validation_split_and_fine_tuning(photos, tiny):
+def test_of_the_held_out_images_none_is_trained_on_also_with_a_validation_split_and_fine_tuning(photos, small, tiny):
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         original = train.train_head
@@ -185,7 +185,7 @@ def test_a_folder_that_is_already_split_is_trained_and_tested_on_as_it_says(spli
     assert load_checkpoint(Path("best.pth"))[1]["classes"] == ["green", "red"]
 
 
-def test_where_a_folder_holds_both_val_chooses_the_epoch_and_test_is_scored_once(split, tiny, monkeypatch):
+def test_where_a_folder_holds_both_val_chooses_the_epoch_and_test_is_scored_once(split, small, tiny, monkeypatch):
     split("train", "val", "test")
     chosen = []
     original = train.train_head

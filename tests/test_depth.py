@@ -44,7 +44,7 @@ def test_the_bits_of_a_list_are_those_of_its_brightest_image(scans):
     assert [used_bits(name) for name in ("rgb.png", "broken.png", "none.png")] == [0, 0, 0]
 
 
-def test_training_and_prediction_see_such_images_alike_and_the_header_says_so(scans, tiny, monkeypatch):
+def test_training_and_prediction_see_such_images_alike_and_the_header_says_so(scans, small, tiny, monkeypatch):
     seen, embed = [], train.draw_views
 
     def spy(image, views, *rest, **options):
@@ -69,7 +69,7 @@ def test_the_scale_is_part_of_what_kept_features_depend_on(scans, tiny):
 
 
 @pytest.mark.parametrize("bits", [0, 17, -(10**9), "12", True])
-def test_a_checkpoint_with_another_depth_is_malformed(scans, tiny, bits):
+def test_a_checkpoint_with_another_depth_is_malformed(scans, small, tiny, bits):
     go("--train", "list.txt", "--test", "list.txt", "--epochs", 1)
     state = torch.load("best.pth", weights_only=True)
     state._metadata["train.py"]["grey_bits"] = bits
@@ -104,7 +104,7 @@ def test_a_16_bit_pgm_is_read():
     assert np.asarray(decode_image(io.BytesIO(content)))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
-def test_where_images_are_one_flat_colour_a_warning_says_how_many(tmp_path, monkeypatch, tiny):
+def test_where_images_are_one_flat_colour_a_warning_says_how_many(tmp_path, monkeypatch, small, tiny):
     monkeypatch.chdir(tmp_path)
     for colour in COLOURS:
         for number in range(3):

@@ -2,16 +2,15 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BUNDLED, ROOT, add_line, chunks_in, go, put, run_main, same, weights_of
+from conftest import BUNDLED, add_line, chunks_in, go, put, run_main, same, weights_of
 from PIL import Image
+from processes import fork_script
 
 import train
 from transfer.features import Features
@@ -60,7 +59,7 @@ def test_images_in_both_lists_get_a_warning_with_a_count_and_the_first_three(col
         add_line("test.txt", f"{listed} {0 if 'red' in name else 2}\n")
         names[number] = listed
     # The whole network, and batches that differ between the lists: equal pixels must give equal bits.
-    status, _, err = run_main(train.main, "--weights", BUNDLED, "--workers", 0, "--epochs", 3, "--views", 3)
+    status, _, err = run_main(train.main, "--weights", BUNDLED, "--workers", 0, "--epochs", 1, "--views", 2)
     first = ", ".join(f"test.txt:{13 + n}: {names[n]}" for n in range(3))
     assert (status, err) == (
         0,
@@ -105,10 +104,10 @@ read, transfer.features.CHUNK_ROWS = train.read_image, 4
 train.read_image = lambda path, *rest: time.sleep(600) if b"blue/train" in path else read(path, *rest)
 train.main("--weights none --workers 0 --epochs 2 --views 2 --cache kept".split())
 """
-    with subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}) as killed:
-        wait_for(lambda: len(chunks_in("kept")) == 3 + 2, killed)  # all of the test list, and two
-        os.kill(killed.pid, signal.SIGKILL)
-    assert killed.returncode == -signal.SIGKILL and not Path("best.pth").exists()
+    killed = fork_script(code, cwd=colours)
+    wait_for(lambda: len(chunks_in("kept")) == 3 + 2, killed)  # all of the test list, and two
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL and not Path("best.pth").exists()
     monkeypatch.setattr("transfer.features.CHUNK_ROWS", 4)
     decoded.clear()
     go("--epochs", 2, "--views", 2, "--cache", "kept")

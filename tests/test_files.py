@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import add_line, run_main, run_script
+from conftest import add_line, run_main
+from processes import run_forked
 from torchvision.models import get_model
 
 import predict
@@ -47,8 +48,9 @@ def test_only_regular_files_are_opened(trained, kind):
 
 
 def test_after_kill_9_at_any_moment_the_checkpoint_is_whole():
-    # In a process of its own: what is killed is forked from it, which no other test's threads survive.
-    done = run_script("tests/fuzz.py", "--only", "kills", "--inputs", 10)
+    # Over 3 s: ten runs up to their first checkpoint. In a process of its own: what is killed is forked from it, which
+    # no other test's threads survive.
+    done = run_forked("tests/fuzz.py", "--only", "kills", "--inputs", 10)
     assert done.returncode == 0 and done.stdout.startswith("kills: 10 inputs, 0 findings"), done.stdout + done.stderr
 
 

@@ -92,7 +92,7 @@ def test_fine_tuning_starts_from_an_early_head_and_best_pth_keeps_the_best(few, 
 
 
 @pytest.mark.parametrize(("accuracy", "replaced"), [(0.5, False), (0.75, True)])
-def test_best_pth_is_replaced_only_where_fine_tuning_beats_the_head(few, monkeypatch, accuracy, replaced):
+def test_best_pth_is_replaced_only_where_fine_tuning_beats_the_head(few, small, monkeypatch, accuracy, replaced):
     script_accuracies(monkeypatch, 0.5)
     go("--epochs", 1, "--out", "head.pth")
     script_accuracies(monkeypatch, 0.5, accuracy)
@@ -137,7 +137,7 @@ def cheap_trunk(original):
 
 
 def test_fine_tuning_decodes_each_image_once_where_its_maps_fit_and_once_an_epoch_where_they_do_not(
-    few, decoded, monkeypatch
+    few, small, decoded, monkeypatch
 ):
     out = go("--epochs", 1, "--finetune-epochs", 3)
     assert "finetune  layer4; 0.0 GB of memory (" in out
@@ -179,7 +179,7 @@ def test_evaluation_view_and_mirror_image_come_by_turns(few, keep):
 
 
 @pytest.mark.parametrize(("views", "expected"), [(1, {0}), (2, {0, 1}), (4, {0, 1})])
-def test_fine_tuning_trains_on_no_view_that_was_not_asked_for(few, monkeypatch, views, expected):
+def test_fine_tuning_trains_on_no_view_that_was_not_asked_for(few, small, monkeypatch, views, expected):
     drawn, draw = set(), train.draw_views
     script_accuracies(monkeypatch, 0.3, 0.6)
 

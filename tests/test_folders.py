@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import COLOURS, ROOT, answer, go, run_main, run_script, save_photo
+from conftest import COLOURS, ROOT, answer, go, run_main, save_photo
 from PIL import Image
+from processes import run_forked
 
 import predict
 import train
@@ -145,7 +146,7 @@ def test_a_folder_that_is_none_of_class_folders_is_named_with_what_to_do(photos,
     assert status == 2 and not out and f"error: {why}\n" in err and "Traceback" not in err
 
 
-def test_names_with_spaces_quotes_and_umlauts_are_read_trained_and_predicted(tmp_path, monkeypatch, tiny):
+def test_names_with_spaces_quotes_and_umlauts_are_read_trained_and_predicted(tmp_path, monkeypatch, small, tiny):
     monkeypatch.chdir(tmp_path)
     odd = ["crème brûlée", 'it\'s a "dog"', "#1 tag 7", "猫"]
     for number, (name, colour) in enumerate(zip(odd, [*COLOURS, "red"], strict=True)):
@@ -161,7 +162,7 @@ def test_names_with_spaces_quotes_and_umlauts_are_read_trained_and_predicted(tmp
 
 
 @pytest.mark.parametrize(("classes", "per_class"), [(2, 2), (200, 2)])
-def test_folders_of_any_shape_are_trained_on(tmp_path, monkeypatch, tiny, classes, per_class):
+def test_folders_of_any_shape_are_trained_on(tmp_path, monkeypatch, small, tiny, classes, per_class):
     monkeypatch.chdir(tmp_path)
     for label in range(classes):
         for number in range(per_class):
@@ -226,10 +227,10 @@ def test_from_a_folder_to_a_report_in_two_commands(tmp_path):
         os.makedirs(tmp_path / "photos" / food)
         for number in range(1, 9):
             os.symlink(ROOT / f"food/{food}/train_{number:02d}.jpg", tmp_path / f"photos/{food}/{number}.jpg")
-    done = run_script("train.py", "--train", "photos", "--epochs", 2, "--views", 2, cwd=tmp_path)
+    done = run_forked("train.py", "--train", "photos", "--epochs", 2, "--views", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert 2 <= len(read_list(tmp_path / "best.test.txt", tmp_path)[0]) <= 6
     command = re.search(r"^next      python (\S+)/predict\.py (.*)$", done.stdout, re.MULTILINE)
     assert Path(command[1]) == ROOT
-    done = run_script("predict.py", *command[2].split(), cwd=tmp_path)
+    done = run_forked("predict.py", *command[2].split(), cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "report.html").stat().st_size > 10_000

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import fuzz
 import pytest
-from conftest import PLAIN, add_line, make_unreadable, run_main, run_script
+from conftest import PLAIN, add_line, make_unreadable, run_main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import run_forked, run_script
 
 import predict
 import train
@@ -33,7 +34,7 @@ def test_lists_are_read_as_documented(tmp_path, monkeypatch):
 def test_all_problems_of_both_lists_are_reported_together(colours):
     (colours / "train.txt").write_text("red/train_0.png\nred/train_1.png x7\nred/train_2.png -1\nred/none.png 0\n")
     (colours / "test.txt").write_text("\n")
-    done = run_script("train.py", cwd=colours)  # once as a user would
+    done = run_forked("train.py", cwd=colours)  # once as a user would
     assert done.returncode == 2 and not done.stdout
     lines = done.stderr.splitlines()
     starts = [
@@ -63,7 +64,7 @@ def test_a_test_label_that_training_lacks_is_an_error(colours):
     assert status == 2 and "error: test.txt:13: label 7 is not in train.txt" in err
 
 
-def test_root_is_what_paths_are_relative_to(colours, tmp_path_factory, monkeypatch):
+def test_root_is_what_paths_are_relative_to(colours, small, tiny, tmp_path_factory, monkeypatch):
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     options = ["--train", colours / "train.txt", "--test", colours / "test.txt", "--epochs", 1, "--weights", "none"]
     status, _, err = run_main(train.main, *options)
@@ -277,6 +278,7 @@ def lists(tmp_path, monkeypatch):
 )
 @given(st.randoms(use_true_random=True), st.binary(max_size=12), st.floats(0, 1))
 def test_2000_mutated_lists_are_read_as_written_or_user_errors(lists, rng, extra, place):
+    # Over 3 s: the rare mistakes of a parser take that many.
     (lines,), tokens, check = lists
     content = fuzz.mutate(lines, rng, tokens)
     at = int(place * len(content))

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LOAD, ROOT, answer, run_main, run_script, save_photo
+from conftest import LOAD, ROOT, answer, run_main, save_photo
 from PIL import Image
+from processes import run_forked
 
 import predict
 import train
@@ -27,7 +28,7 @@ from transfer.outputs import STARTS
 
 
 def test_predict_names_the_foods_and_has_the_accuracy_that_training_printed(sample_run):
-    done = run_script("predict.py", "test.txt", "--model", sample_run[1])
+    done = run_forked("predict.py", "test.txt", "--model", sample_run[1])
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("food/")]
     right = sum(line.split("/")[1] == line.split()[1] for line in lines)
@@ -46,7 +47,7 @@ def test_each_result_stands_under_its_own_images_name(small_run, tmp_path):
         small_run / "red/test_0.png",
         tmp_path / "none.png",
     ]
-    one = run_script("predict.py", *images, "--top-k", 1, cwd=small_run)
+    one = run_forked("predict.py", *images, "--top-k", 1, cwd=small_run)
     assert one.returncode == 1 and "Traceback" not in one.stderr
     assert [line.split()[0] for line in one.stdout.splitlines()] == [str(images[0]), str(images[2])]
     assert one.stderr.splitlines() == [
@@ -423,13 +424,7 @@ def peak(name):
 few, many = peak("few.txt"), peak("many.txt")
 print(many - few)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=170,
-    )
+    done = run_forked(code, cwd=Path.cwd(), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     *rows, growth = done.stdout.splitlines()
     assert len(rows) == 350

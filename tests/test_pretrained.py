@@ -5,8 +5,6 @@ import http.server
 import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -14,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BUNDLED, ROOT, run_main
+from conftest import BUNDLED, run_main
+from processes import fork_script
 from torchvision.models import get_model, get_model_weights
 
 import train
@@ -227,9 +226,8 @@ def test_under_torchrun_one_rank_a_machine_downloads_and_all_find_the_same(serve
     ranks = []
     for rank in "01":
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        environment = os.environ | world | {"MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", FIND, *urls]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
+        home = {"TORCH_HOME": os.environ["TORCH_HOME"], "no_proxy": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        ranks.append(fork_script(FIND, *urls, cwd=tmp_path, **home, **world, MASTER_PORT=str(port)))
     lines_of = [rank.communicate(timeout=60)[1].splitlines() for rank in ranks]
     found = [[line for line in lines if line.startswith("(")] for lines in lines_of]
     assert found[0] == found[1] and len(found[0]) == 2

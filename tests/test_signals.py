@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_script
+from processes import ROOT, run_script
 
 from transfer.console import Progress
 from transfer.signals import check_stop, hold_signals, stop_on_signals
@@ -94,7 +94,8 @@ def test_a_second_signal_long_after_the_first_ends_the_process_at_once():
 
 
 def test_a_temporary_folder_with_a_long_name_hangs_no_worker(model, tmp_path):
-    # A tensor would travel by a socket below it, whose path may have 107 bytes.
+    # A tensor would travel by a socket below it, whose path may have 107 bytes. Started anew, since what is forked may
+    # know of a temporary folder already.
     folder = tmp_path / ("a" * 100)
     folder.mkdir()
     os.link("red.png", "second.png")

@@ -21,16 +21,15 @@ from transfer.images import ImageError
 from transfer.stdin import CHUNKS_AHEAD, StdinPaths
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_paths_on_standard_input_are_answered_while_it_is_open_and_a_closed_pipe_ends_quietly(model, workers):
-    options = ["--workers", workers, "--batch-size", "1", "--device", "cpu"]
+def test_paths_on_standard_input_are_answered_while_it_is_open_and_a_closed_pipe_ends_quietly(model):
+    options = ["--workers", "2", "--batch-size", "1", "--device", "cpu"]
     command = [sys.executable, str(ROOT / "predict.py"), "-", *options]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     buffered = os.environ | {"PYTHONUNBUFFERED": ""}
     with subprocess.Popen(command, env=buffered, **pipes) as piped:
         overdue = threading.Timer(60, piped.kill)  # what is not flushed would be waited for without end
         overdue.start()
-        for colours in (["red"], ["red", "green", "blue"], ["red"], ["green"]):  # three of them start the workers
+        for colours in (["red"], ["red", "green", "blue"], ["red"], ["green"]):  # one needs no worker, three start them
             piped.stdin.write("".join(f"{colour}.png\n" for colour in colours).encode())
             piped.stdin.flush()
             for colour in colours:

@@ -125,7 +125,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--val-split", type=open_unit_float, metavar="SHARE", help="choose the epoch on this share of --train")
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, default="best.pth", metavar="FILE", help="checkpoint, and a .csv beside it")
-    add("--audit", type=Path, metavar="FILE", help="page of wrong labels, copies, strange photos; and a .csv")
+    add("--audit", type=Path, metavar="FILE", help="wrong labels, copies, strange photos: page and .csv")
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=ARCHITECTURES, default=ARCHITECTURES[0], metavar="NAME", help="resnet18, 34, 50, 101 or 152")
     add("--weights", metavar="NAME", help="imagenet (default), none, or a FILE that fits --arch")

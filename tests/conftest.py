@@ -224,7 +224,7 @@ class SmallNetwork(nn.Module):
 def job(colours, monkeypatch):
     """In a folder with lists of solid colours: what train.py makes of more arguments, with a small network."""
     monkeypatch.setattr("transfer.architectures.get_model", lambda arch, num_classes, **_: SmallNetwork(num_classes))
-    for name in ("skeleton", "backbone_shapes", "families"):  # nothing kept of other networks
+    for name in ("skeleton", "backbone_shapes"):  # nothing kept of other networks
         monkeypatch.setattr(architectures, name, getattr(architectures, name).__wrapped__)
         monkeypatch.setattr(f"transfer.state_dict.{name}", getattr(architectures, name), raising=False)
     return lambda *args: run_main(train.main, *PLAIN, *args)

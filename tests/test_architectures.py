@@ -77,9 +77,10 @@ def test_of_damaged_weights_the_nearest_architecture_is_inferred_unless_one_is_a
 
 def test_each_familys_smallest_is_found_by_one_name_and_told_from_all_others():
     # Of the others `benchmark.py architectures` says it: to build all 78 takes seconds, though without numbers.
-    assert len(families()) == 16 and sum(map(len, families())) == 78
+    known = [*families()]
+    assert len(known) == 16 and sum(map(len, known)) == 78
     seen = {}
-    for arch in [family[0] for family in families()]:
+    for arch in [family[0] for family in known]:
         assert head_of(skeleton(arch)).out_features == 1000, arch
         names = [*skeleton(arch).state_dict()]
         stems = [(stem, name) for stem in STEMS for name in names if name.endswith(stem)]
@@ -99,7 +100,7 @@ def test_of_each_family_pass_and_prediction_give_what_plain_torchvision_gives(st
     assert f"backbone  {arch}, {file}\n" in out
     model, metadata = load_checkpoint(Path("best.pth"))
     assert (metadata["arch"], metadata["classes"]) == (arch, ["red", "green", "blue"])
-    assert os.path.getsize("best.pth") == pytest.approx(checkpoint_bytes(arch, 3), rel=0.01)
+    assert os.path.getsize("best.pth") == pytest.approx(checkpoint_bytes(arch, 3), rel=0.03)
     saved, plain = weights_of(), plain_network(arch, 3)
     plain.load_state_dict(saved, strict=True)
     model.load_state_dict(plain.state_dict(), strict=True)

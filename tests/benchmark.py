@@ -99,7 +99,9 @@ def plain_loop(train_list: str, test_list: str, epochs: str, seed: str, unfreeze
 
 
 def pass_rates(folder: str, count: str, arch: str = "resnet18", repeats: str = "3") -> None:
-    """Views/s of the pass over a folder's images, and of the backbone on ready tensors: same dtype, batch, cores."""
+    """Views/s of the pass over a folder's images, and of the backbone on ready tensors: same dtype, batch, cores; and
+    with one thread.
+    """
     import torch
 
     import train
@@ -115,15 +117,18 @@ def pass_rates(folder: str, count: str, arch: str = "resnet18", repeats: str = "
     batch = pass_batch(compute.device, size)
     ready = torch.randn(batch, 3, size, size, device=compute.device)
     ready = ready.to(compute.dtype, memory_format=torch.channels_last)
-    found = {"ready": [], "pass": [], "evaluation": []}
+    found, threads = {"ready": [], "one": [], "pass": [], "evaluation": []}, torch.get_num_threads()
     for _ in range(int(repeats)):
-        with torch.inference_mode():
-            backbone(ready)[0, 0].item()
-            rounds, began = 0, time.perf_counter()
-            while time.perf_counter() - began < 4:
+        for name, count in (("ready", threads), ("one", 1)):
+            torch.set_num_threads(count)
+            with torch.inference_mode():
                 backbone(ready)[0, 0].item()
-                rounds += 1
-        found["ready"].append(rounds * batch / (time.perf_counter() - began))
+                rounds, began = 0, time.perf_counter()
+                while time.perf_counter() - began < 4:
+                    backbone(ready)[0, 0].item()
+                    rounds += 1
+            found[name].append(rounds * batch / (time.perf_counter() - began))
+        torch.set_num_threads(threads)
         for name, views in (("pass", range(4)), ("evaluation", [0])):
             began = time.perf_counter()
             extract_features(backbone, train.ImageDataset(image_list, views, 0, size), compute=compute)

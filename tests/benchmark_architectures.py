@@ -157,7 +157,9 @@ def compare(arch: str, size: int) -> tuple[float, float]:
 
 
 def speeds(*names: str, repeats: int = 3, photos: int = 48) -> None:
-    """Views a second of the pass and of the backbone on ready tensors; the architectures take turns."""
+    """Views a second of the pass and of the backbone on ready tensors, with all threads and with one; the architectures
+    take turns.
+    """
     from torchvision.models import get_model_weights
 
     found = {arch: [] for arch in names or SPEEDS}
@@ -166,11 +168,11 @@ def speeds(*names: str, repeats: int = 3, photos: int = 48) -> None:
             command = [sys.executable, ROOT / "tests/benchmark.py", "pass", ROOT / "food", photos, arch, 1]
             out = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
             found[arch].append(json.loads(out.splitlines()[-1]))
-    print("| `--arch` | ImageNet accuracy | GFLOPs | backbone on ready tensors, views/s | the pass, views/s | ratio |")
-    print("|---|---|---|---|---|---|")
+    print("| `--arch` | ImageNet accuracy | GFLOPs | ready tensors, one thread | all threads | the pass | its share |")
+    print("|---|---|---|---|---|---|---|")
     for arch, runs in found.items():
         meta = get_model_weights(arch).DEFAULT.meta
         accuracy, cost = meta["_metrics"]["ImageNet-1K"]["acc@1"], meta["_ops"]
-        ready, passed = (statistics.median(run[key] for run in runs) for key in ("ready", "pass"))
+        one, ready, passed = (statistics.median(run[key] for run in runs) for key in ("one", "ready", "pass"))
         ratio = statistics.median(run["pass"] / run["ready"] for run in runs)
-        print(f"| `{arch}` | {accuracy:.1f}% | {cost:.1f} | {ready:.1f} | {passed:.1f} | {ratio:.2f} |")
+        print(f"| `{arch}` | {accuracy:.1f}% | {cost:.1f} | {one:.1f} | {ready:.1f} | {passed:.1f} | {ratio:.2f} |")

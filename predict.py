@@ -11,7 +11,7 @@ and can draw a report; with a report the lines are left out unless --format asks
 With --label-next it prints those photos alone whose labels would help the model most.
 """
 
-from transfer.flags import IMAGE_SIZE, parse_predict_args
+from transfer.flags import parse_predict_args
 from transfer.signals import guard_imports
 
 if __name__ == "__main__":  # before torch's import, which takes seconds: Ctrl-C, --help and typing errors
@@ -28,10 +28,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision import transforms as T
 
 from train import ImageDataset, draw_views
+from transfer.architectures import check_arch, head_of, preprocessing
 from transfer.audit.copies import thumbnails
-from transfer.backbone import PASS_BATCH, Backbone, embed, embed_batches, embed_dataset, inference_copy, unbatch
+from transfer.backbone import backbone_of, embed, embed_batches, embed_dataset, inference_copy, pass_batch, unbatch
 from transfer.checkpoint import load_checkpoint
 from transfer.console import Progress, UserError, one_line_errors, printable
 from transfer.device import Compute, pick_compute
@@ -63,7 +65,7 @@ class Classifier:
     @property
     def size(self) -> int:
         """Of an image's sides, in pixels, as it was trained."""
-        return self.metadata.get("size", IMAGE_SIZE)
+        return self.metadata.get("size", preprocessing(self.metadata["arch"]).size)
 
     @property
     def grey_bits(self) -> int:
@@ -76,17 +78,26 @@ class Classifier:
 
 
 def load(
-    path: str | os.PathLike = "best.pth", device: str = "auto", workers: int | None = 0, mirror: bool = False
+    path: str | os.PathLike = "best.pth",
+    device: str = "auto",
+    workers: int | None = 0,
+    mirror: bool = False,
+    *,
+    arch: str | None = None,
 ) -> Classifier:
-    """Load train.py's best.pth, or the state dict of any of torchvision's ResNets with a head. Raises UserError.
+    """Load train.py's best.pth, or the state dict of any of torchvision's classifiers with a head. Raises UserError.
 
-    mirror: predict from each image and its mirror image, at twice the cost.
+    mirror: predict from each image and its mirror image, at twice the cost; arch: its name, where its weights do not
+    show it.
     """
-    model, metadata = load_checkpoint(Path(path))
+    model, metadata = load_checkpoint(Path(path), arch)
     # As it was trained, so that the accuracy is the one that training reported.
-    compute = pick_compute(device, "float32" if metadata.get("precision") == "float32" else "auto", workers)
-    backbone, views = inference_copy(Backbone(model), compute), (0, 1) if mirror else (0,)
-    return Classifier(backbone, model.fc, metadata["classes"], metadata, compute, views)
+    precision = "float32" if metadata.get("precision") == "float32" else "auto"
+    compute = pick_compute(device, precision, workers, arch=metadata["arch"])
+    if "mean" in metadata:
+        compute = replace(compute, normalize=T.Normalize(metadata["mean"], metadata["std"]))
+    backbone, views = inference_copy(backbone_of(model), compute), (0, 1) if mirror else (0,)
+    return Classifier(backbone, head_of(model), metadata["classes"], metadata, compute, views)
 
 
 def probabilities(classifier: Classifier, features: Tensor | str) -> Tensor | str:
@@ -195,10 +206,12 @@ def label_next(classifier: Classifier, pile: ImageList, count: int, batch_size: 
 # What is asked for
 
 
-def check_model(path: Path) -> None:
-    """Raises UserError where no model was named and none lies here."""
+def check_model(path: Path, arch: str | None) -> None:
+    """Raises UserError where no model was named and none lies here, or its architecture is none of torchvision's."""
     if path == Path("best.pth") and not path.exists():
         raise UserError(f"no best.pth in {printable(Path.cwd())}; give --model FILE or run train.py first")
+    if arch:
+        check_arch(arch, None)
 
 
 def check_request(
@@ -221,15 +234,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     needs_labels = next((flag for flag, asked in asking.items() if asked), None)
 
     # Everything that can be checked is, before the model is loaded.
-    check_model(args.model)
+    check_model(args.model, args.arch)
     sources = [] if from_stdin else read_sources(args.images, args.root, args.labelled)
     pile = read_pile(sources, read_sources(args.leave_out, args.root, False)) if args.label_next else None
     lists = [pile] if pile else [source.image_list for source in sources]
     images = [path for image_list in lists for path in image_list.each_path()] if args.report else []
     reads = [*args.images, *args.leave_out, args.model, history_path(args.model), *images]
     check_request(args.report, needs_labels, sources, reads)
-    classifier = load(args.model, args.device, args.workers, args.mirror)
-    classes, batch_size = classifier.classes, args.batch_size or PASS_BATCH[classifier.compute.device.type]
+    classifier = load(args.model, args.device, args.workers, args.mirror, arch=args.arch)
+    classes, batch_size = classifier.classes, args.batch_size or pass_batch(classifier.compute.device, classifier.size)
     on_screen, progress = style != "table" and sys.stdout.isatty(), None
     if pile:
         answers = label_next(classifier, pile, args.label_next, batch_size)

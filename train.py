@@ -39,9 +39,9 @@ from torch.utils.data import Dataset
 from torchvision import transforms as T
 from torchvision.transforms.functional import hflip
 
-from transfer.architectures import checkpoint_bytes, new_network
+from transfer.architectures import check_arch, checkpoint_bytes, head_of, load_network, replace_head
 from transfer.audit.audit import audit_splits
-from transfer.backbone import Backbone, inference_copy
+from transfer.backbone import backbone_of, inference_copy
 from transfer.calibration import MAX_IMAGES, calibrate, collect_logits
 from transfer.checkpoint import Checkpointer
 from transfer.console import one_line_errors, plural
@@ -144,7 +144,7 @@ def extract_splits(
     model: nn.Module, data: Data, hparams: Hyperparameters, compute: Compute, *, cache: Path | None
 ) -> Splits:
     """Pass every image through the frozen backbone once, and divide what is kept."""
-    backbone, seed = inference_copy(Backbone(model), compute), hparams.view_seed
+    backbone, seed = inference_copy(backbone_of(model), compute), hparams.view_seed
 
     def extract(image_list: ImageList, views: Sequence[int] = (0,), max_unreadable: int = 0) -> Split:
         dataset = ImageDataset(image_list, views, seed, hparams.size, grey_bits=data.grey_bits)
@@ -170,19 +170,17 @@ def extract_splits(
 
 
 def build_model(arch: str, num_classes: int, state_dict: dict[str, Tensor] | None, seed: int) -> nn.Module:
-    """A frozen ResNet in inference mode with a new head for so many classes.
+    """A frozen network in inference mode with a new head for so many classes.
 
     Frozen means that no buffer moves either: in training mode BatchNorm's running statistics
     would drift towards the new images, and nothing computed once would stay true.
     """
     torch.manual_seed(seed)
-    model = new_network(arch)
-    if state_dict is not None:
-        model.load_state_dict(state_dict, strict=False)  # `validate_state_dict` has settled what fits
+    model = load_network(arch, state_dict)  # `validate_state_dict` has settled what fits
     for parameter in model.parameters():
         parameter.requires_grad = False
     torch.manual_seed(seed)  # the same head, whatever the backbone's origin
-    model.fc = nn.Linear(model.fc.in_features, num_classes)
+    replace_head(model, num_classes)
     return model.eval().to(memory_format=torch.channels_last)
 
 
@@ -301,7 +299,9 @@ def best_val_logits(model: nn.Module, finetuned: Training | None, val: Split) ->
     if finetuned:  # each rank has images of its own
         shares = gather(collect_logits(unwrap(finetuned.network), finetuned.loaders.val, every))
         return shares and tuple(torch.cat(parts) for parts in zip(*shares, strict=True))
-    return collect_logits(model.fc.cpu(), FeatureLoader(val.features, EVAL_BATCH), every) if is_main_process() else None
+    if not is_main_process():
+        return None
+    return collect_logits(head_of(model).cpu(), FeatureLoader(val.features, EVAL_BATCH), every)
 
 
 def retrain_head(head: nn.Linear, trainval: Split, hparams: Hyperparameters, lrs: Sequence[float]) -> None:
@@ -310,7 +310,7 @@ def retrain_head(head: nn.Linear, trainval: Split, hparams: Hyperparameters, lrs
     For all epochs: on four sets and two backbones that is 0.6 points better than for as many as so few images chose.
     """
     torch.manual_seed(hparams.seed)
-    head.load_state_dict(nn.Linear(head.in_features, head.out_features).state_dict())
+    head.reset_parameters()
     criterion = build_criterion(trainval, head.out_features, hparams.balance)
     optimizer = torch.optim.Adam(head.parameters())
     loader = FeatureLoader(trainval.features, hparams.batch_size, shuffle_seed=hparams.seed)
@@ -330,14 +330,14 @@ def calibrate_best(
     # A validation split's images are few to fit a number on, and the head has now been trained on them.
     if hparams.val_split and history.best_epoch <= hparams.epochs:
         logits = cross_val_logits(splits.trainval.features, history.lrs(hparams.epochs), hparams)
-    return calibrate(model.fc, *(logits or val_logits))
+    return calibrate(head_of(model), *(logits or val_logits))
 
 
 def final_test_loader(model: nn.Module, finetuned: Training | None, test: Split, compute: Compute) -> FeatureLoader:
     """The test images with the features that the best epoch's backbone gives them: after fine-tuning, new ones."""
     if finetuned is None:
         return FeatureLoader(test.features, EVAL_BATCH)
-    dataset, backbone = replace(test.dataset, views=[0]), inference_copy(Backbone(model), compute)
+    dataset, backbone = replace(test.dataset, views=[0]), inference_copy(backbone_of(model), compute)
     return FeatureLoader(extract_features(backbone, dataset, compute=compute, this_rank_only=True), EVAL_BATCH)
 
 
@@ -345,10 +345,11 @@ def final_test_loader(model: nn.Module, finetuned: Training | None, test: Split,
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_train_args(argv)
     start_time = time.perf_counter()
+    args.size = check_arch(args.arch, args.size)
     hparams = Hyperparameters.from_flags(vars(args))
 
     # Everything that can be checked is, before the first expensive step.
-    compute = pick_compute(args.device, args.precision, args.workers, training=args.finetune_epochs > 0)
+    compute = pick_compute(args.device, args.precision, args.workers, args.finetune_epochs > 0, arch=args.arch)
     data = load_data(args.train, args.test, args.root, args.classes, val_split=args.val_split, out=args.out)
     size, reads = checkpoint_bytes(args.arch, len(data.classes)), data.inputs(args.weights)
     prepare_outputs(args.out, size, reads, cache=args.cache, audit=args.audit, lists=data.split_paths, roots=data.files)
@@ -365,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     criterion = build_criterion(splits.train, len(data.classes), args.balance)
     metadata = run_metadata(vars(args), data, pretrained, splits, compute=compute)
     checkpointer = Checkpointer(args.out, model, metadata, start_time, lists=split_lists(data, splits, args.out))
-    early_head = train_head(model.fc, criterion, splits, hparams, history=history, checkpointer=checkpointer)
+    early_head = train_head(head_of(model), criterion, splits, hparams, history=history, checkpointer=checkpointer)
     finetuned = None
     if args.finetune_epochs:
         finetuned = prepare_finetuning(model, early_head, splits, hparams, compute=compute)
@@ -377,16 +378,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     val_logits = best_val_logits(model, finetuned, splits.val)
     if is_main_process():
         if args.val_split and not finetuned:
-            retrain_head(model.fc, splits.trainval, hparams, history.lrs(args.epochs))
+            retrain_head(head_of(model), splits.trainval, hparams, history.lrs(args.epochs))
         temperature = calibrate_best(model, val_logits, splits, hparams, history=history)
         checkpointer.save(history.best_epoch, history.best, temperature)
         print_result(history, data, pretrained, start_time)
         scored_once = splits.val is not splits.test
         test_loader = final_test_loader(model, finetuned, splits.test, compute) if scored_once or args.audit else None
         if scored_once:
-            print(f"test      {history.describe(evaluate(model.fc.cpu(), test_loader))}, scored once")
+            print(f"test      {history.describe(evaluate(head_of(model).cpu(), test_loader))}, scored once")
         if args.audit:
-            logits, _ = collect_logits(model.fc.cpu(), test_loader)
+            logits, _ = collect_logits(head_of(model).cpu(), test_loader)
             audit = audit_splits(splits, logits, hparams, compute)
             print(f"audit     {save_audit(args.audit, audit, data.classes, args.out)}")
         print_next(data, args.out, audited=args.audit is not None)

@@ -4,6 +4,8 @@
     python tests/benchmark.py --only accuracy gain   # 3 seeds of 20 plain epochs each: about half an hour
     python tests/benchmark.py views                  # what the head should train on: a table of its own
     python tests/benchmark.py labels                 # how well an audit finds wrong labels: another
+    python tests/benchmark.py architectures          # all of torchvision's: see benchmark_architectures.py
+    python tests/benchmark.py speeds                 # the pass of seven of them
     python tests/benchmark.py real --data FOLDER     # on a real ImageNet backbone: see benchmark_real.py
     python tests/benchmark.py label-next --data FOLDER    # which photos to label: see benchmark_labelling.py
 
@@ -97,33 +99,40 @@ def plain_loop(train_list: str, test_list: str, epochs: str, seed: str, unfreeze
     print(json.dumps({"history": history, "epochs": seconds}))
 
 
-def pass_rates(folder: str, count: str, arch: str = "resnet18") -> None:
-    """Views/s of the pass over a folder's images, and of the backbone on ready tensors: same dtype, batch, cores."""
+def pass_rates(folder: str, count: str, arch: str = "resnet18", repeats: str = "3") -> None:
+    """Views/s of the pass over a folder's images, and of the backbone on ready tensors: same dtype, batch, cores; and
+    with one thread.
+    """
     import torch
 
     import train
-    from transfer.backbone import PASS_BATCH
+    from transfer.architectures import preprocessing
+    from transfer.backbone import pass_batch
     from transfer.features import extract_features
     from transfer.lists import ImageList
 
     paths = sorted(os.fsencode(path) for path in Path(folder).rglob("*.jpg"))[: int(count)]
     image_list = ImageList("bench", paths, [0] * len(paths), range(len(paths)))
     compute, backbone = ready_backbone(arch)
-    batch = PASS_BATCH[compute.device.type]
-    ready = torch.randn(batch, 3, 224, 224, device=compute.device)
+    size = preprocessing(arch).size
+    batch = pass_batch(compute.device, size)
+    ready = torch.randn(batch, 3, size, size, device=compute.device)
     ready = ready.to(compute.dtype, memory_format=torch.channels_last)
-    found = {"ready": [], "pass": [], "evaluation": []}
-    for _ in range(3):
-        with torch.inference_mode():
-            backbone(ready)[0, 0].item()
-            rounds, began = 0, time.perf_counter()
-            while time.perf_counter() - began < 4:
+    found, threads = {"ready": [], "one": [], "pass": [], "evaluation": []}, torch.get_num_threads()
+    for _ in range(int(repeats)):
+        for name, count in (("ready", threads), ("one", 1)):
+            torch.set_num_threads(count)
+            with torch.inference_mode():
                 backbone(ready)[0, 0].item()
-                rounds += 1
-        found["ready"].append(rounds * batch / (time.perf_counter() - began))
+                rounds, began = 0, time.perf_counter()
+                while time.perf_counter() - began < 4:
+                    backbone(ready)[0, 0].item()
+                    rounds += 1
+            found[name].append(rounds * batch / (time.perf_counter() - began))
+        torch.set_num_threads(threads)
         for name, views in (("pass", range(4)), ("evaluation", [0])):
             began = time.perf_counter()
-            extract_features(backbone, train.ImageDataset(image_list, views, 0), compute=compute)
+            extract_features(backbone, train.ImageDataset(image_list, views, 0, size), compute=compute)
             found[name].append(len(paths) * len(views) / (time.perf_counter() - began))
     print(json.dumps({name: statistics.median(values) for name, values in found.items()}))
 
@@ -133,13 +142,13 @@ def ready_backbone(arch: str = "resnet18") -> tuple:
     architecture.
     """
     import train
-    from transfer.backbone import Backbone, inference_copy
+    from transfer.backbone import backbone_of, inference_copy
     from transfer.checkpoint import load_backbone
     from transfer.device import pick_compute
 
-    compute = pick_compute("auto", "auto", None)
+    compute = pick_compute("auto", "auto", None, arch=arch)
     model = train.build_model(arch, 20, load_backbone(WEIGHTS, arch) if arch == "resnet18" else None, 0)
-    return compute, inference_copy(Backbone(model), compute)
+    return compute, inference_copy(backbone_of(model), compute)
 
 
 def parse_list(path: str) -> None:
@@ -717,6 +726,24 @@ def compare_labelling(*arguments: str) -> None:
     benchmark_labelling.main(*arguments)
 
 
+def check_architectures(*names: str) -> None:
+    import benchmark_architectures
+
+    benchmark_architectures.table(*names)
+
+
+def check_architecture(arch: str) -> None:
+    import benchmark_architectures
+
+    benchmark_architectures.check(arch)
+
+
+def compare_speeds(*names: str) -> None:
+    import benchmark_architectures
+
+    benchmark_architectures.speeds(*names)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=ROWS, help="these rows alone")
@@ -744,6 +771,7 @@ if __name__ == "__main__":
     inner = {"plain": plain_loop, "pass": pass_rates, "list": parse_list, "views": compare_views}
     inner |= {"labels": compare_labels, "nearest": find_nearest, "real": compare_real}
     inner |= {"label-next": compare_labelling, "label-next-time": time_label_next}
+    inner |= {"architectures": check_architectures, "architecture": check_architecture, "speeds": compare_speeds}
     if sys.argv[1:2] and sys.argv[1] in inner:
         inner[sys.argv[1]](*sys.argv[2:])
     else:

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from transfer.backbone import Backbone, inference_copy  # noqa: E402
+from transfer.backbone import backbone_of, inference_copy  # noqa: E402
 from transfer.calibration import calibrate, collect_logits  # noqa: E402
 from transfer.checkpoint import load_backbone  # noqa: E402
 from transfer.crossval import (  # noqa: E402
@@ -90,7 +90,7 @@ def bundled_features(path: Path, root: Path, cache: Path, *, size: int, views: i
 @functools.cache
 def bundled_backbone() -> nn.Module:
     weights = load_backbone(ROOT / "food" / "resnet18-grocery.pth", "resnet18")
-    return inference_copy(Backbone(train.build_model("resnet18", 20, weights, 0)), pick_compute("cpu", "auto", None))
+    return inference_copy(backbone_of(train.build_model("resnet18", 20, weights, 0)), pick_compute("cpu", "auto", None))
 
 
 def real_features(path: Path, root: Path, kept: Path, *, size: int, views: int) -> Features:

@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 import predict  # noqa: E402
 import train  # noqa: E402
-from transfer.architectures import weights_of as architecture_weights  # noqa: E402
-from transfer.backbone import Backbone, inference_copy  # noqa: E402
+from transfer import architectures  # noqa: E402
+from transfer.backbone import backbone_of, inference_copy  # noqa: E402
 from transfer.checkpoint import load_backbone  # noqa: E402
 from transfer.device import Compute, pick_compute  # noqa: E402
 from transfer.features import Split, extract_features  # noqa: E402
@@ -34,7 +34,7 @@ from transfer.lists import read_list  # noqa: E402
 from transfer.training import Hyperparameters  # noqa: E402
 
 BUNDLED = ROOT / "food" / "resnet18-grocery.pth"
-HPARAMS = Hyperparameters.from_flags(vars(parse_train_args([])))  # the recipe's
+HPARAMS = Hyperparameters.from_flags(vars(parse_train_args(["--size", "224"])))  # the recipe's
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
 
 
@@ -147,7 +147,7 @@ def sample_run(tmp_path_factory):
 def backbone():
     """The bundled backbone, as the main job has it."""
     model = train.build_model("resnet18", 20, load_backbone(BUNDLED, "resnet18"), 0)
-    return inference_copy(Backbone(model), pick_compute("cpu", "auto", None))
+    return inference_copy(backbone_of(model), pick_compute("cpu", "auto", None))
 
 
 def new_head():
@@ -192,15 +192,21 @@ class SmallNetwork(nn.Module):
         nn.init.kaiming_normal_(self.layer4.weight)  # as in the ResNets: from small features a head learns slowly
         self.fc = nn.Linear(512, num_classes)
 
+    def forward(self, images):
+        for part in [*self.children()][:-1]:
+            images = part(images)
+        return self.fc(images.flatten(1))
+
 
 @pytest.fixture
 def small(monkeypatch):
     """A small network in place of the ResNets, and no waiting for the disk: for tests that are about neither. A run
     with a ResNet-18 takes 0.8 s to build, save and load it.
     """
-    monkeypatch.setattr("transfer.architectures.get_model", lambda arch, num_classes: SmallNetwork(num_classes))
-    # Nothing kept of other networks.
-    monkeypatch.setattr("transfer.architectures.weights_of", architecture_weights.__wrapped__)
+    monkeypatch.setattr("transfer.architectures.get_model", lambda arch, num_classes, **_: SmallNetwork(num_classes))
+    for name in ("skeleton", "backbone_shapes"):  # nothing kept of other networks
+        monkeypatch.setattr(architectures, name, getattr(architectures, name).__wrapped__)
+        monkeypatch.setattr(f"transfer.state_dict.{name}", getattr(architectures, name), raising=False)
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -223,7 +229,7 @@ def quick_model(model, monkeypatch):
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(1), nn.Linear(48, 512)).eval()
 
-    def load(path, device, workers, mirror):
+    def load(path, device, workers, mirror, *, arch):
         return replace(model, backbone=backbone, compute=replace(model.compute, workers=workers))
 
     monkeypatch.setattr(predict, "load", load)
@@ -406,5 +412,9 @@ def model(small_run, tmp_path, monkeypatch):
     for colour in ("red", "green", "blue"):
         shutil.copy(small_run / colour / "test_0.png", f"{colour}.png")
     loaded = load_once("best.pth", "cpu")
-    monkeypatch.setattr(predict, "load", lambda path, *args: loaded if str(path) == "best.pth" else LOAD(path, *args))
+
+    def load(path, *args, **options):
+        return loaded if str(path) == "best.pth" else LOAD(path, *args, **options)
+
+    monkeypatch.setattr(predict, "load", load)
     return loaded

@@ -16,10 +16,10 @@ from torchvision.models import resnet18
 
 import train
 from transfer import backbone
+from transfer.architectures import NORMALIZE, head_of
 from transfer.backbone import (
-    NORMALIZE,
     PASS_BATCH,
-    Backbone,
+    backbone_of,
     embed,
     embed_dataset,
     inference_copy,
@@ -47,7 +47,7 @@ def sample(name="train", count=12):
 
 
 def bundled_backbone():
-    return Backbone(train.build_model("resnet18", 20, load_backbone(BUNDLED, "resnet18"), seed=0))
+    return backbone_of(train.build_model("resnet18", 20, load_backbone(BUNDLED, "resnet18"), seed=0))
 
 
 def test_the_backbone_gives_what_plain_torchvision_gives():
@@ -76,13 +76,13 @@ def test_bfloat16_features_are_within_a_percent_of_float32_and_as_often_right(sa
     features = {}
     for dtype in (torch.float32, torch.bfloat16):
         compute = Compute(torch.device("cpu"), dtype, workers=2)
-        backbone = inference_copy(Backbone(model), compute)
+        backbone = inference_copy(backbone_of(model), compute)
         found = extract_features(backbone, train.ImageDataset(test, [0], 0), compute=compute)
         features[dtype] = found.chunks[0][:, 0]
     exact, fast = features.values()
     errors = (fast - exact).norm(dim=1) / exact.norm(dim=1)
     assert 0 < errors.max() < 0.01
-    right = [(model.fc(each).argmax(1) == test.labels).sum().item() for each in (exact, fast)]
+    right = [(head_of(model)(each).argmax(1) == test.labels).sum().item() for each in (exact, fast)]
     assert abs(right[0] - right[1]) < len(test) / 100
 
 
@@ -173,7 +173,7 @@ def test_out_of_memory_halves_the_batch_up_to_three_times(job, monkeypatch, erro
     monkeypatch.setattr("transfer.device.pick_device", lambda _: torch.device("mps"))
     stand_in = nn.Identity()
     stand_in.feature_dim = 512
-    monkeypatch.setattr(train, "Backbone", lambda _: stand_in)
+    monkeypatch.setattr(train, "backbone_of", lambda _: stand_in)
     monkeypatch.setitem(PASS_BATCH, "mps", 12)
     sizes, room = [], 2
 

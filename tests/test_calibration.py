@@ -84,6 +84,13 @@ def test_of_a_long_list_sorted_by_class_every_so_many_images_are_fitted_on(monke
     assert [len(each) for each in collect_logits(head, [])] == [0, 0]  # a rank may have none
 
 
+def test_a_head_without_a_bias_is_calibrated_too():
+    head = nn.Linear(4, 3, bias=False)
+    weight = head.weight.detach().clone()
+    temperature = calibrate(head, torch.randn(30, 3), torch.arange(30) % 3)
+    assert torch.allclose(head.weight * temperature, weight)
+
+
 def test_best_pth_records_its_temperature_and_the_accuracy_that_training_printed(colours, quick):
     out = go("--epochs", 2, "--lr", 1e-3)
     model, metadata = load_checkpoint(colours / "best.pth")

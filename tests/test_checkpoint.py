@@ -152,7 +152,7 @@ def marked_as_folder():
 
 CODE = "holds more than tensors, and to load it would run code of its own; only if you trust it: python -c .*"
 DAMAGED = "damaged, or not a weights file; get it again from its source"
-MISFIT = r"does not fit a ResNet-18: {}; give one made for resnet18"
+MISFIT = r"does not fit ResNet-18: {}; give one made for resnet18(, or name its architecture by --arch)?"
 
 
 REFUSED = {
@@ -183,13 +183,13 @@ REFUSED = {
         lambda: pickled(tiny_resnet18(conv1__weight=torch.sparse_coo_tensor(size=(10**6, 10**6)))),
         MISFIT.format("conv1.weight is no plain tensor"),
     ),
-    "no ResNet": (
-        lambda: pickled(tiny("vit_b_16")),
-        MISFIT.format("unexpected class_token, unexpected conv_proj.weight, unexpected conv_proj.bias and .* more"),
+    "no classifier": (
+        lambda: pickled(tiny("squeezenet1_0")),
+        r"does not fit [\w-]+: unexpected features\.\d.*, .* more; give one made for .*",
     ),
-    "a wider ResNet": (
-        lambda: pickled(tiny("wide_resnet50_2")),
-        "does not fit a ResNet-50: layer1.0.conv1.weight is 128x64x1x1, not 64x64x1x1, .* for resnet(18|50)",
+    "a narrower ResNet": (
+        lambda: pickled(tiny_resnet18(layer4__1__conv2__weight=torch.zeros(256, 512, 3, 3))),
+        MISFIT.format("layer4.1.conv2.weight is 256x512x3x3, not 512x512x3x3"),
     ),
     "another class count": (
         lambda: pickled(tiny_resnet18(fc__bias=torch.zeros(4))),

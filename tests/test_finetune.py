@@ -10,14 +10,16 @@ import torch
 from conftest import BUNDLED, ROOT, go, rows_of, run_main, same, weights_of
 from PIL import Image
 from torch import nn
+from torchvision.models import VisionTransformer
 
 import predict
 import train
-from transfer.backbone import embed_dataset
+from transfer.architectures import new_network, skeleton
+from transfer.backbone import backbone_of, embed_dataset
 from transfer.checkpoint import load_checkpoint
 from transfer.device import Compute
 from transfer.features import Features, Split
-from transfer.finetune import FeatureMapLoader, one_cycle
+from transfer.finetune import FeatureMapLoader, first_unfrozen, one_cycle, split_network
 from transfer.lists import read_list
 from transfer.metrics import Metrics
 
@@ -42,6 +44,64 @@ def test_fine_tuning_changes_the_named_stages_and_the_head_alone(few, monkeypatc
     changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
     expected = {key for key in before if key.startswith((*STAGES[stage], "fc.")) and not key.endswith(BUFFERS)}
     assert changed == expected
+
+
+@pytest.mark.parametrize(
+    ("arch", "quarter", "half"),
+    [
+        ("resnet18", "layer4", "layer3"),
+        ("wide_resnet50_2", "layer4", "layer3"),
+        ("mobilenet_v3_large", "features.12", "features.8"),
+        ("efficientnet_b0", "features.6", "features.4"),
+        ("convnext_tiny", "features.6", "features.4"),
+        ("swin_t", "features.6", "features.4"),
+        ("vit_b_16", "encoder.layers.encoder_layer_9", "encoder.layers.encoder_layer_6"),
+        ("regnet_y_800mf", "trunk_output.block4", "trunk_output.block3"),
+        ("densenet121", "features.transition3", "features.transition2"),
+        ("vgg16", "features.21", "features.14"),
+    ],
+)
+def test_of_networks_without_stages_of_these_names_the_last_quarter_or_half_of_the_blocks_is_trained(
+    arch, quarter, half
+):
+    backbone = backbone_of(skeleton(arch))
+    assert [first_unfrozen(backbone, stage) for stage in ("layer4", "layer3")] == [quarter, half]
+
+
+def small_vit():
+    return VisionTransformer(image_size=64, patch_size=32, num_layers=8, num_heads=2, hidden_dim=32, mlp_dim=64)
+
+
+@pytest.mark.parametrize("arch", ["vit", "googlenet", "shufflenet_v2_x0_5", "densenet121", "swin_t"])
+def test_a_network_is_the_same_cut_in_two(arch):
+    model = small_vit() if arch == "vit" else new_network(arch)
+    backbone, images = backbone_of(model.eval()), torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        features = backbone(images)
+        for stage in ("layer4", "layer3"):
+            trunk, tail = split_network(backbone, first_unfrozen(backbone, stage))
+            assert torch.equal(tail(trunk(images)), features)
+            own = {id(parameter) for parameter in backbone.parameters()}
+            parts = [id(parameter) for part in (trunk, tail) for parameter in part.parameters()]
+            assert len(parts) == len(set(parts)) and set(parts) == own
+
+
+def test_another_network_is_fine_tuned_from_its_block_on_and_predict_is_as_often_right(few, monkeypatch):
+    script_accuracies(monkeypatch, 0.3, 0.6)
+    go("--arch", "mobilenet_v3_small", "--epochs", 1, "--finetune-epochs", 1)
+    before, after = train.build_model("mobilenet_v3_small", 3, None, seed=0).state_dict(), weights_of()
+    changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    tail = tuple(f"features.{number}." for number in range(9, 13)) + ("classifier.",)
+    # With random weights some gradients of so deep a network are zero.
+    assert changed < {key for key in before if key.startswith(tail) and not key.endswith(BUFFERS)}
+    assert {"features.9.block.0.0.weight", "features.12.0.weight", "classifier.3.weight"} <= changed
+    monkeypatch.undo()
+    monkeypatch.chdir(few)
+    rates = ("--lr", 1e-9, "--finetune-lr", 1e-3)  # at which the head learns nothing
+    go("--arch", "mobilenet_v3_small", "--size", 64, "--epochs", 1, "--finetune-epochs", 3, *rates)
+    metadata = load_checkpoint(Path("best.pth"))[1]
+    status, out, err = run_main(predict.main, "test.txt", "--workers", 0)
+    assert status == 0 and f"accuracy  {metadata['accuracy']:7.2%}  " in out, err
 
 
 def test_batch_norm_infers_and_only_the_tail_has_gradients_while_fine_tuning(few, monkeypatch):

@@ -124,7 +124,7 @@ def test_labels_beyond_the_models_classes_are_an_error_that_names_the_line(model
 @pytest.mark.parametrize("flags", [("--report", "report.html"), ("--format", "table")], ids=str)
 @pytest.mark.parametrize("images", [["red.png"], ["list.txt", "red.png"], ["."], ["-"]], ids=str)
 def test_what_needs_labels_is_an_error_before_any_work_without_them(model, monkeypatch, images, flags):
-    monkeypatch.setattr(predict, "load", lambda *args: pytest.fail("worked first"))
+    monkeypatch.setattr(predict, "load", lambda *args, **_: pytest.fail("worked first"))
     Path("list.txt").write_text("green.png 1\n")
     out, err = answer(*images, *flags, status=2)
     flag = "--format table" if flags[0] == "--format" else flags[0]
@@ -150,7 +150,7 @@ TARGETS = {
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_report_that_cannot_or_must_not_be_written_is_an_error_before_any_work(model, monkeypatch, target):
-    monkeypatch.setattr(predict, "load", lambda *args: pytest.fail("worked first"))
+    monkeypatch.setattr(predict, "load", lambda *args, **_: pytest.fail("worked first"))
     Path("list.txt").write_text("red.png 0\ngreen.png 1\n")
     Path("best.csv").write_text("epoch\n")
     os.mkdir("folder")
@@ -254,7 +254,7 @@ def test_csv_in_a_pipe_has_exact_names_whatever_the_locale(small_run, tmp_path):
 
 def test_a_class_name_that_is_no_text_is_escaped(model, monkeypatch, tmp_path):
     classes = ["\ud800", *model.classes[1:]]
-    monkeypatch.setattr(predict, "load", lambda *_: dataclasses.replace(model, classes=classes))
+    monkeypatch.setattr(predict, "load", lambda *_, **__: dataclasses.replace(model, classes=classes))
     with open("rows.csv", "w") as file:
         monkeypatch.setattr(sys, "stdout", file)
         predict.main(["red.png", "--format", "csv", "--workers", "0", "--top-k", "3"])
@@ -266,7 +266,7 @@ def test_where_the_model_has_no_finite_answer_the_row_is_an_error_and_json_holds
     backbone = torch.nn.Sequential(torch.nn.Flatten(1), torch.nn.Linear(3 * 224 * 224, 512, bias=False))
     torch.nn.init.constant_(backbone[1].weight, 1e38)
     broken = dataclasses.replace(model, backbone=backbone)
-    monkeypatch.setattr(predict, "load", lambda *_: broken)
+    monkeypatch.setattr(predict, "load", lambda *_, **__: broken)
     out, err = answer("red.png", "--format", style, status=1)
     assert "the model gives no finite number for it" in out + err
     if style == "json":
@@ -396,7 +396,7 @@ def test_rows_hold_names_as_they_are_but_never_send_control_characters_to_a_term
 
     os.rename("red.png", f"{NASTY}.png")
     classes = [f"{NASTY}{name}" for name in model.classes]
-    monkeypatch.setattr(predict, "load", lambda *_: dataclasses.replace(model, classes=classes))
+    monkeypatch.setattr(predict, "load", lambda *_, **__: dataclasses.replace(model, classes=classes))
     monkeypatch.setattr(io, "StringIO", Stream)
     seen = printable(NASTY) if terminal else NASTY
     out, _ = answer(f"{NASTY}.png", "--format", "csv")
@@ -417,7 +417,7 @@ def test_memory_does_not_grow_with_the_number_of_images(model):
     code = """
 import resource, torch, predict
 backbone = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(1), torch.nn.Linear(3, 512))
-predict.Backbone = lambda model: backbone
+predict.backbone_of = lambda model: backbone
 def peak(name):
     predict.main([name, "--workers", "0", "--device", "cpu", "--format", "json"])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

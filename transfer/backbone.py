@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms as T
 
+from transfer.architectures import head_of
 from transfer.console import UserError, out_of_memory, warn, warn_once
 from transfer.device import Compute
+from transfer.flags import IMAGE_SIZE
 from transfer.signals import hold_signals, leave_signals_to_parent
 
-NORMALIZE = T.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])  # ImageNet's
-# On a CPU, of 4 to 32 views at a time, 8 pass fastest (measured, one thread): more than that outgrow its caches.
+# Views of the recipe's size. On a CPU, of 4 to 32 at a time, 8 pass fastest (measured, one thread): more than that
+# outgrow its caches.
 PASS_BATCH = {"cpu": 8, "cuda": 256, "mps": 64}
 PART_VIEWS = 32  # that a worker hands over at a time where they travel as pixels: 5 MB
 # A forked worker starts at once; a spawned one imports torch first, but is safe everywhere.
@@ -37,22 +38,30 @@ Packed = tuple[list[int], np.ndarray, torch.dtype, dict[int, str]]
 READING_VERSION = 3  # of how images become numbers, up to `embed`: raise it and no cached feature is used
 
 
-class Backbone(nn.Sequential):
-    """A ResNet without its head: images (N, 3, S, S) to features (N, feature_dim)."""
+def backbone_of(model: nn.Module) -> nn.Module:
+    """A network without its head, on the same weights: images (N, 3, S, S) to features (N, feature_dim)."""
+    head = head_of(model)
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    backbone = copy.deepcopy(model, shared | {id(head): nn.Identity()})
+    backbone.feature_dim = head.in_features
+    return backbone
 
-    def __init__(self, model: nn.Module):
-        super().__init__(*list(model.children())[:-1], nn.Flatten(1))
-        self.feature_dim = model.fc.in_features
+
+def pass_batch(device: torch.device, size: int) -> int:
+    """How many views of size x size pixels pass at a time: of larger ones fewer, so that they take no more memory."""
+    return max(1, int(PASS_BATCH[device.type] * min(1, (IMAGE_SIZE / size) ** 2)))
 
 
 def inference_copy(module: nn.Module, compute: Compute) -> nn.Module:
-    """A copy for `embed`: on the device, its convolutions in the dtype. Autocast gives the same bits, but casts the
-    weights anew for every batch.
+    """A copy for `embed`: on the device, its weights in the dtype but for BatchNorm's. Of a ResNet autocast gives the
+    same bits, but casts the weights anew for every batch.
     """
     module = copy.deepcopy(module).to(compute.device, memory_format=torch.channels_last)
     for part in module.modules():
-        if isinstance(part, nn.Conv2d):
-            part.to(compute.dtype)
+        if not isinstance(part, nn.BatchNorm2d):
+            for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(compute.dtype)
     return module
 
 
@@ -60,9 +69,9 @@ def inference_copy(module: nn.Module, compute: Compute) -> nn.Module:
 def embed(module: nn.Module, views: Tensor, compute: Compute) -> Tensor:
     """What an `inference_copy` gives for uint8 views (N, S, S, 3), on its device and in its dtype."""
     device = compute.device
-    # NORMALIZE, for bytes and along whole rows of pixels: four times as fast as over three channels.
-    rows = views.to(device).flatten(2).float()  # (N, S, 3 * S)
-    mean, std = (255 * torch.tensor(three).repeat(views.shape[2]) for three in (NORMALIZE.mean, NORMALIZE.std))
+    # Normalised as bytes and along whole rows of pixels: four times as fast as over three channels.
+    rows, norm = views.to(device).flatten(2).float(), compute.normalize  # (N, S, 3 * S)
+    mean, std = (255 * torch.tensor(three).repeat(views.shape[2]) for three in (norm.mean, norm.std))
     rows.sub_(mean.to(device)).div_(std.to(device))
     # Seen as (N, 3, S, S) the numbers lie in channels_last order already.
     return module(rows.to(compute.dtype).view(views.shape).permute(0, 3, 1, 2))

@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from transfer.backbone import NORMALIZE, READING_VERSION
+from transfer.backbone import READING_VERSION
 from transfer.console import UserError, printable, warn
 from transfer.device import Compute
 from transfer.files import MappingError, load_untrusted, save_atomically, serialized
@@ -26,12 +26,15 @@ Chunk = tuple[Tensor, dict[int, str]]  # features (n, V, D), and the reasons by 
 
 def recipe_digest(backbone: nn.Module, dataset: Dataset, compute: Compute) -> bytes:
     """What the features of an `ImageDataset` depend on besides its images: weights, views, arithmetic, versions."""
-    recipe = [*dataset.describe(), str(NORMALIZE), READING_VERSION]
+    recipe = [*dataset.describe(), str(compute.normalize), READING_VERSION]
     versions = [torch.__version__, torchvision.__version__, PIL.__version__]
     parts = [recipe, versions, list(dataset.views), dataset.seed, compute.device.type, str(compute.dtype)]
     digest = hashlib.sha256(repr(parts).encode())
+    # A network's parts by number, as nn.Sequential names them: so the first caches were written.
+    numbers = {name: str(number) for number, (name, _) in enumerate(backbone.named_children())}
     for key, value in backbone.state_dict().items():
-        digest.update(key.encode())
+        child, dot, rest = key.partition(".")
+        digest.update(f"{numbers.get(child, child)}{dot}{rest}".encode())
         digest.update(value.cpu().float().contiguous().numpy().tobytes())
     return digest.digest()
 

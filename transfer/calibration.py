@@ -54,6 +54,6 @@ def calibrate(head: nn.Linear, logits: Tensor, labels: Tensor) -> float:
     """
     temperature = fit_temperature(logits, labels)
     with torch.no_grad():
-        head.weight /= temperature
-        head.bias /= temperature
+        for parameter in head.parameters():
+            parameter /= temperature
     return temperature

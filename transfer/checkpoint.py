@@ -1,26 +1,21 @@
-"""Checkpoints: files of a ResNet checked, loaded and saved."""
+"""Checkpoints: networks loaded from files, and saved with what is known of them."""
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from transfer.architectures import arch_title, infer_arch, meta_state_dict, new_network
-from transfer.console import UserError, first_three, printable, warn
+from transfer.architectures import NORMALIZE, head_prefix, is_arch, meta_network, versioned
+from transfer.console import UserError, printable, warn
 from transfer.distributed import broadcast, is_main_process, run_id
-from transfer.files import backup_path, history_path, load_untrusted, save_atomically, save_together, serialized
+from transfer.files import backup_path, history_path, save_atomically, save_together, serialized
 from transfer.flags import IMAGE_SIZE, SIZES
 from transfer.images import GREY_BITS
-from transfer.labels import MAX_CLASSES
 from transfer.metrics import Metrics
+from transfer.state_dict import METADATA_KEY, is_plain, load_state, validate_state_dict
 
-WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FORMAT = 1  # of what `serialize` adds to a state dict
-METADATA_KEY = "train.py"  # its key in the state dict's _metadata, which a plain load_state_dict ignores
-STEM = "layer1.0.conv1.weight"  # which every ResNet has, and whose prefix is that of all its names
-USUAL_KEYS = ("model", "state_dict")  # where a file holds another network too, such as an average of its weights
 METADATA_TYPES = {
     "format": int,
     "classes": list,  # of their names, str
@@ -36,6 +31,8 @@ METADATA_TYPES = {
     "seconds": float,
     "temperature": float,  # that the head's weights were divided by
     "size": int,  # of the images' sides, in pixels: 224 where it is not there
+    "mean": list,  # that images are normalised by, and their deviation, where these are not ImageNet's usual ones
+    "std": list,
     "date": str,
     "run": str,  # `run_id`, of whose attempts each may replace what another saved
     "device": str,
@@ -47,130 +44,30 @@ METADATA_TYPES = {
 }
 
 
-def load_state(path: Path) -> tuple[dict[str, Tensor], object]:
-    """A state dict from an untrusted file, under torchvision's names, and the metadata that `serialize` gave it.
-
-    It may lie under any key, up to three dicts deep, and its names may share any prefix, as DataParallel, torch.compile
-    or a module around the ResNet give them: then what lacks it, but for a head named fc, is of other parts. Raises
-    UserError as `load_untrusted` does, and where there is no state dict in it, or no saying which.
-    """
-    name, found = printable(path), load_untrusted(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{name}: holds no state dict; save model.state_dict() with torch.save")
-    resnets = find_resnets(found)
-    if len(resnets) > 1:
-        usual = [(key, state) for key, state in resnets if key in USUAL_KEYS]
-        if len(usual) != 1:
-            several = first_three([printable(key)[:60] for key, _ in resnets])
-            raise UserError(f"{name}: holds several networks ({several}); save the state dict of one with torch.save")
-        resnets = usual
-    state = resnets[0][1] if resnets else found
-    # dict's own methods here and below: a hostile OrderedDict may carry attributes by those names.
-    attached = vars(state).get("_metadata") if hasattr(state, "__dict__") else None
-    metadata = dict.get(attached, METADATA_KEY) if isinstance(attached, dict) else None
-    state = without_wrappers(state)
-    prefixes = {key.removesuffix(STEM) for key in state if key.endswith(STEM)} - {""}
-    if len(prefixes) > 1:
-        several = first_three([printable(prefix)[:60] for prefix in sorted(prefixes)])
-        raise UserError(f"{name}: holds several networks ({several}); save the state dict of one with torch.save")
-    for prefix in prefixes:
-        state = {key.removeprefix(prefix): state[key] for key in state if key.startswith((prefix, "fc."))}
-    return state, metadata
-
-
-def without_wrappers(state: dict) -> dict[str, object]:
-    """A state dict without what DataParallel and torch.compile put into its names."""
-    # Only names: whatever else a key is, printing it may fail.
-    items = {key if type(key) is str else type(key).__name__: value for key, value in dict.items(state)}
-    return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in items.items()}
-
-
-def find_resnets(found: dict) -> list[tuple[str, dict]]:
-    """The dicts that hold a ResNet's names, and the keys that they lie under."""
-    resnets, seen, level = [], set(), [("", found)]
-    for _ in range(4):  # a checkpoint in a checkpoint is common, deeper nesting is not
-        inner = []
-        for key, each in level:
-            if id(each) in seen:  # also what holds itself
-                continue
-            seen.add(id(each))
-            if any(name.endswith(STEM) for name in without_wrappers(each)):
-                resnets.append((key, each))
-            else:
-                items = [(name if type(name) is str else "", value) for name, value in dict.items(each)]
-                inner += [(name, value) for name, value in items if isinstance(value, dict)]
-        level = inner
-    return resnets
-
-
-def is_plain(value: object) -> bool:
-    """Whether a value from an untrusted file is a tensor whose methods can be called and numbers read."""
-    if type(value) not in (Tensor, nn.Parameter) or vars(value):  # attributes may stand before methods
-        return False
-    return value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_nested)
-
-
-def validate_state_dict(
-    state: dict[str, Tensor], path: Path, arch_asked: str | None = None
-) -> tuple[str, dict[str, Tensor]]:
-    """The architecture of a state dict, and its entries, finite and of the right shapes.
-
-    Raises UserError with the first that don't fit, and where it has another architecture than was asked for.
-    """
-    arch = infer_arch(state, arch_asked)
-    expected, head = meta_state_dict(arch), state.get("fc.weight")
-    if is_plain(head) and head.dim() == 2 and 0 < len(head) <= MAX_CLASSES:
-        expected["fc.weight"] = torch.empty(len(head), expected["fc.weight"].shape[1], device="meta")
-        expected["fc.bias"] = torch.empty(len(head), device="meta")
-    elif head is None:  # a backbone alone
-        expected = {key: value for key, value in expected.items() if not key.startswith("fc.")}
-    problems = [f"unexpected {printable(key)[:60]}" for key in state if key not in expected]
-    for key, value in expected.items():
-        given = state.get(key)
-        if given is None:
-            if not key.endswith("num_batches_tracked"):  # a count that nothing reads
-                problems.append(f"no {key}")
-        elif not is_plain(given):
-            problems.append(f"{key} is no plain tensor")
-        elif given.shape != value.shape:
-            problems.append(f"{key} is {'x'.join(map(str, given.shape))}, not {'x'.join(map(str, value.shape))}")
-        elif given.dtype not in (WEIGHT_TYPES if value.is_floating_point() else (torch.int64,)):
-            problems.append(f"{key} is {str(given.dtype).removeprefix('torch.')}")
-        elif not given.isfinite().all():
-            problems.append(f"{key} has values that are not finite")
-    if problems:
-        misfit = f"does not fit a {arch_title(arch)}: {first_three(problems)}"
-        raise UserError(f"{printable(path)}: {misfit}; give one made for {arch_asked or arch}")
-    if arch_asked not in (None, arch):
-        raise UserError(
-            f"{printable(path)}: is a {arch_title(arch)}, not a {arch_title(arch_asked)}; add --arch {arch}"
-        )
-    # Where there is no count, none was tracked.
-    return arch, {key: state[key] if key in state else torch.tensor(0) for key in expected}
-
-
 def load_backbone(path: Path, arch: str) -> dict[str, Tensor]:
     """The state dict of a backbone from any file of this architecture, whatever head it has. Raises UserError."""
-    state = {key: value for key, value in load_state(path)[0].items() if not key.startswith("fc.")}
-    return validate_state_dict(state, path, arch)[1]
+    return validate_state_dict(load_state(path)[0], path, arch, head=False)[1]
 
 
-def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
-    """A ResNet in inference mode and what is known of it: at least its `arch`, and its `classes`, a list of names.
+def load_checkpoint(path: Path, arch: str | None = None) -> tuple[nn.Module, dict]:
+    """A network in inference mode and what is known of it: at least its `arch`, and its `classes`, a list of names.
 
-    Raises UserError as `load_state` and `validate_state_dict` do, and where the file has no head.
+    arch: what it must be; None: what its weights show. Raises UserError as `load_state` and `validate_state_dict` do,
+    and where the file has no head.
     """
     state, metadata = load_state(path)
-    arch, state = validate_state_dict(state, path)
-    if "fc.weight" not in state:
-        raise UserError(f"{printable(path)}: has no head (fc.weight); give the best.pth that train.py saved")
-    classes, known = len(state["fc.weight"]), is_valid_metadata(metadata, len(state["fc.weight"]))
+    claimed = metadata.get("arch") if type(metadata) is dict else None
+    arch, state = validate_state_dict(state, path, arch, hint=claimed if is_arch(claimed) else None)
+    head = f"{head_prefix(arch)}weight"
+    if head not in state:
+        raise UserError(f"{printable(path)}: has no head ({head}); give the best.pth that train.py saved")
+    classes, known = len(state[head]), is_valid_metadata(metadata, len(state[head]))
     if classes == 1 and not known:
         one = "has one output, for one class or a sigmoid, where each class needs its own"
         raise UserError(f"{printable(path)}: {one}; train it with two outputs, or start from it by --weights")
-    with torch.device("meta"):
-        model = new_network(arch, classes)
-    model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    model = meta_network(arch, classes)
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    model.load_state_dict(versioned(state, model), assign=True)
     if metadata is not None and not known:
         warn(f"{printable(path)}: its class names and history are malformed; going on with class numbers")
         metadata = None
@@ -199,7 +96,8 @@ def read_metadata(path: Path) -> dict | None:
         state, metadata = load_state(path)
     except UserError:
         return None
-    return metadata if is_valid_metadata(metadata, len(state.get("fc.bias", ()))) else {}
+    matrices = [value for value in state.values() if is_plain(value) and value.dim() == 2]  # the head is the last
+    return metadata if is_valid_metadata(metadata, len(matrices[-1]) if matrices else 0) else {}
 
 
 def is_own(metadata: dict, run: str) -> bool:
@@ -225,7 +123,10 @@ def is_valid_metadata(metadata: object, classes: int) -> bool:
     folders = metadata.get("folders", names)
     if any(type(text) is not str for text in (*names, *folders, *lists)):
         return False
-    fits = metadata.get("format") == FORMAT and metadata.get("size", IMAGE_SIZE) in SIZES
+    fits = metadata.get("format") == FORMAT and SIZES[0] <= metadata.get("size", IMAGE_SIZE) <= SIZES[-1]
+    mean, std = (metadata.get(key, usual) for key, usual in (("mean", NORMALIZE.mean), ("std", NORMALIZE.std)))
+    fits = fits and len(mean) == len(std) == 3 and all(type(value) is float for value in (*mean, *std))
+    fits = fits and max(map(abs, mean)) < 10 and 0.01 < min(std)
     fits = fits and 0 < metadata.get("grey_bits", GREY_BITS) <= GREY_BITS
     return fits and len(names) == len(folders) == classes
 
@@ -285,4 +186,5 @@ class Checkpointer:
 
     def restore(self) -> None:
         """Give the model the weights that were saved last, on all ranks."""
-        self.model.load_state_dict(broadcast(load_state(self.path)[0] if is_main_process() else None))
+        state = broadcast(load_state(self.path)[0] if is_main_process() else None)
+        self.model.load_state_dict(versioned(state, self.model))

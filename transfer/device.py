@@ -7,18 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torchvision import transforms as T
 
+from transfer.architectures import NORMALIZE, preprocessing
 from transfer.console import UserError, printable
 from transfer.distributed import cores_per_rank, get_local_rank, local_world_size
+from transfer.flags import DEFAULT_ARCH
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Where the backbone runs: its device, the dtype of its convolutions, and how many processes decode for it."""
+    """Where and how the backbone runs: its device, its dtype but for BatchNorm's, how many processes decode for it, and
+    what images are normalised by.
+    """
 
     device: torch.device
     dtype: torch.dtype
     workers: int = 0
+    normalize: T.Normalize = NORMALIZE
 
     @property
     def precision(self) -> str:
@@ -55,10 +61,14 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_compute(device: str, precision: str, workers: int | None, training: bool = False) -> Compute:
-    """What `--device`, `--precision` and `--workers` ask for. Raises UserError as the functions for each do."""
-    where = pick_device(device)
-    return Compute(where, pick_precision(precision, where, training), cores_per_rank() if workers is None else workers)
+def pick_compute(
+    device: str, precision: str, workers: int | None, training: bool = False, *, arch: str = DEFAULT_ARCH
+) -> Compute:
+    """What `--device`, `--precision` and `--workers` ask for, with images normalised for the architecture. Raises
+    UserError as the functions for each do.
+    """
+    where, workers = pick_device(device), cores_per_rank() if workers is None else workers
+    return Compute(where, pick_precision(precision, where, training), workers, preprocessing(arch).normalize)
 
 
 def card_of_rank(name: str, cards: int) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import Dataset
 
-from transfer.backbone import PASS_BATCH, embed_dataset, unbatch
+from transfer.backbone import embed_dataset, pass_batch, unbatch
 from transfer.cache import FeatureCache, image_keys, recipe_digest
 from transfer.console import SHOWN_PROBLEMS, Progress, first_three, printable, warn
 from transfer.device import Compute
@@ -227,7 +227,7 @@ def extract_chunks(
     reasons by place in the part of those without. Raises as `extract_features` does.
     """
     rows, views = [row for part in parts for row in part.tolist()], len(dataset.views)
-    batch_size = max(1, PASS_BATCH[compute.device.type] // views)
+    batch_size = max(1, pass_batch(compute.device, dataset.size) // views)
     images = unbatch(embed_dataset(backbone, dataset, rows, compute=compute, batch_size=batch_size, per_image=views))
     progress, unreadable = Progress(f"{dataset.image_list.name}:", len(rows)), {}
     for part in parts:

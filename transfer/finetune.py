@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from transfer.backbone import PASS_BATCH, embed_dataset, inference_copy
+from transfer.architectures import head_of
+from transfer.backbone import backbone_of, embed_dataset, inference_copy, pass_batch
 from transfer.console import Progress, UserError
 from transfer.device import Compute, free_memory
 from transfer.distributed import get_rank, get_world_size, local_world_size, rank_slice
@@ -17,7 +18,8 @@ from transfer.features import Split, Splits
 from transfer.lists import check_unreadable
 from transfer.training import Hyperparameters, Loaders, Training
 
-UNFROZEN_FROM = {"layer4": 7, "layer3": 6, "all": 0}  # of the flag's STAGES, places among a ResNet's children
+SHARES = {"layer4": 1 / 4, "layer3": 1 / 2}  # of the blocks of a network without stages of these names
+CONTAINER = 0.9  # of a network's layers, from which on what holds them is taken for the whole
 WARM_UP = 0.2  # of all steps
 MEMORY_SHARE = 0.5  # of what is free, that maps may take
 
@@ -34,7 +36,8 @@ class Network(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         device, dtype = self.compute.device, self.compute.dtype
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            features = self.tail(maps.to(dtype, memory_format=self.layout))
+            layout = self.layout if maps.dim() == 4 else torch.preserve_format  # of maps, not of tokens
+            features = self.tail(maps.to(dtype, memory_format=layout))
         return self.head(features.float())
 
 
@@ -53,17 +56,71 @@ def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
     return LambdaLR(optimizer, of_peak)
 
 
+def count_layers(module: nn.Module) -> int:
+    """How many layers with weights it has, but for linear ones, of which a classifier may have several."""
+    return sum(bool([*each.parameters(recurse=False)]) for each in module.modules() if not isinstance(each, nn.Linear))
+
+
+def blocks_of(backbone: nn.Module) -> list[str]:
+    """The names of the blocks that a network is a sequence of: the children with weights of the innermost module that
+    holds nine tenths of its layers, such as `features` or `encoder.layers`.
+    """
+    name, whole = "", backbone
+    while True:
+        children = dict(whole.named_children())
+        largest = max(children, key=lambda child: count_layers(children[child]))
+        if count_layers(children[largest]) < CONTAINER * count_layers(whole) or not [*children[largest].children()]:
+            return [f"{name}{child}" for child, module in children.items() if [*module.parameters()]]
+        name, whole = f"{name}{largest}.", children[largest]
+
+
+def first_unfrozen(backbone: nn.Module, stage: str) -> str:
+    """The name of the block from which on a stage is trained: the ResNets' of that name, of other networks the first of
+    the last quarter (layer4) or half (layer3) of their blocks; or all.
+    """
+    blocks = blocks_of(backbone)
+    return stage if stage in ("all", *blocks) else blocks[-math.ceil(SHARES[stage] * len(blocks))]
+
+
+class BlockTracer(fx.Tracer):
+    """Follows a network's forward pass down to one block, and looks into no module that does not hold this one."""
+
+    def __init__(self, block: str):
+        super().__init__()
+        self.block = block
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return not self.block.startswith(f"{name}.")
+
+
+def split_network(backbone: nn.Module, block: str) -> tuple[nn.Module, nn.Module]:
+    """What comes before a block, and what from there on, on the same weights: images to maps, maps to features."""
+    nodes = [*BlockTracer(block).trace(backbone).nodes]
+    start = next(number for number, node in enumerate(nodes) if node.target == block)
+    trunk, tail, maps = fx.Graph(), fx.Graph(), nodes[start].args[0]
+    copies = {}
+    for node in nodes[:start]:
+        copies[node] = trunk.node_copy(node, copies.get)
+    trunk.output(copies[maps])
+    copies = {maps: tail.placeholder("maps")}
+    for node in nodes[start:]:
+        copies[node] = tail.node_copy(node, copies.get)
+    return fx.GraphModule(backbone, trunk), fx.GraphModule(backbone, tail)
+
+
 def unfreeze(model: nn.Module, stage: str, compute: Compute) -> tuple[nn.Module, nn.Module]:
     """The frozen trunk below a stage, ready for `embed`, and the network from there to the logits.
 
     Under torchrun DistributedDataParallel hands rank 0's weights to the others.
     """
-    cut, parts = UNFROZEN_FROM[stage], list(model.to(compute.device).children())
-    trunk = inference_copy(nn.Sequential(*parts[:cut]), compute)
-    tail = nn.Sequential(*parts[cut:-1], nn.Flatten(1))
+    backbone = backbone_of(model.to(compute.device))
+    trunk, tail = nn.Sequential(), backbone
+    if stage != "all":
+        trunk, tail = split_network(backbone, first_unfrozen(backbone, stage))
+    trunk = inference_copy(trunk, compute)
     for parameter in tail.parameters():
         parameter.requires_grad = True
-    network = Network(tail, model.fc, compute)
+    network = Network(tail, head_of(model), compute)
     if compute.device.type == "mps":
         network.to(memory_format=torch.contiguous_format)
     if get_world_size() > 1:
@@ -84,16 +141,18 @@ def compute_feature_maps(trunk: nn.Module, split: Split, compute: Compute) -> Te
     dataset, rows, views = split.dataset, split.features.rows.tolist(), len(split.dataset.views)
     kept, done = None, 0
     progress = Progress(f"{dataset.image_list.name} again:", len(rows))
-    batch_size = PASS_BATCH[compute.device.type] // views
+    batch_size = max(1, pass_batch(compute.device, dataset.size) // views)
     for indices, maps, bad in embed_dataset(
         trunk, dataset, rows, compute=compute, batch_size=batch_size, per_image=views
     ):
         check_unreadable(dataset.image_list, bad, max_unreadable=0)  # the pass could read it
+        maps = maps if views > 1 else maps[:, None]
         if kept is None:
-            channels, height, width = maps.shape[-3:]
-            # Stored as (n, V, H, W, C): any choice of maps is in channels_last order without a copy of its own.
-            kept = torch.empty(len(rows), views, height, width, channels, dtype=maps.dtype).permute(0, 1, 4, 2, 3)
-        kept[done : done + len(indices)] = maps.view(len(indices), views, *maps.shape[-3:]).cpu()
+            # Any choice of maps is in the order of these, often channels_last, without a copy of its own.
+            order = sorted(range(2, maps.dim()), key=lambda axis: -maps.stride(axis))
+            kept = torch.empty(len(rows), views, *(maps.shape[axis] for axis in order), dtype=maps.dtype)
+            kept = kept.permute(0, 1, *(2 + order.index(axis) for axis in range(2, maps.dim())))
+        kept[done : done + len(indices)] = maps.cpu()
         done += len(indices)
         progress.add(len(indices))
     return kept
@@ -184,7 +243,7 @@ def prepare_finetuning(
     Under torchrun each rank has images of its own. Raises UserError.
     """
     train, val = rank_share(splits.train, splits.val)
-    model.cpu().fc.load_state_dict(early_head)
+    head_of(model.cpu()).load_state_dict(early_head)
     trunk, network = unfreeze(model, hparams.unfreeze, compute)
     tail, head = unwrap(network).tail, unwrap(network).head
     # The head's rate: a fifth of what it was trained with before.
@@ -197,7 +256,8 @@ def prepare_finetuning(
     free = free_memory() // local_world_size()
     keep = need < MEMORY_SHARE * free
     memory = f"{need / 1e9:.1f} GB of memory ({free / 1e9:.1f} GB free)"
-    print(f"finetune  {hparams.unfreeze}; {memory if keep else f'slow, since it would need {memory}'}", flush=True)
+    first = first_unfrozen(backbone_of(model), hparams.unfreeze)
+    print(f"finetune  {first}; {memory if keep else f'slow, since it would need {memory}'}", flush=True)
     batch_size = max(1, hparams.batch_size // get_world_size())
     loaders = Loaders(
         FeatureMapLoader(trunk, train, compute=compute, batch_size=batch_size, keep=keep, shuffle_seed=hparams.seed),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # the recipe's first
+DEFAULT_ARCH = "resnet18"  # the recipe's
 STAGES = ("layer4", "layer3", "all")  # what --unfreeze may name
 DEFAULT_LR = 0.005  # of the head
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -114,7 +114,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of train.py. Ends the process (status 2) with one line where they are wrong."""
     parser = Parser(
         usage="%(prog)s [--train PATH] [--test PATH] [option ...]",
-        description="Train a classifier of photos in folders or lists: a frozen ResNet with a new head.",
+        description="Train a classifier of photos in folders or lists: a frozen backbone, a new head.",
         epilog="example: python train.py --train photos && python predict.py photo.jpg",
     )
     add = parser.add_argument_group("data").add_argument
@@ -127,10 +127,10 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default="best.pth", metavar="FILE", help="checkpoint, and a .csv beside it")
     add("--audit", type=Path, metavar="FILE", help="wrong labels, copies, strange photos: page and .csv")
     add = parser.add_argument_group("model").add_argument
-    add("--arch", choices=ARCHITECTURES, default=ARCHITECTURES[0], metavar="NAME", help="resnet18, 34, 50, 101 or 152")
+    add("--arch", default=DEFAULT_ARCH, metavar="NAME", help="of torchvision's; list: show them")
     add("--weights", metavar="NAME", help="imagenet (default), none, or a FILE that fits --arch")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--size", type=image_size, default=IMAGE_SIZE, metavar="N", help="pixels of an image's side")
+    add("--size", type=image_size, metavar="N", help="pixels of an image's side (default: by --arch)")
     add("--epochs", type=int_at_least(1), default=20, metavar="N", help="epochs of the head")
     add("--finetune-epochs", type=int_at_least(0), default=0, metavar="N", help="then of the last stages too")
     add("--unfreeze", choices=STAGES, default=STAGES[0], metavar="STAGE", help="layer4, layer3 or all")
@@ -143,7 +143,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--view-seed", type=int_at_least(0), metavar="N", help="views and splits alone (default: --seed)")
     add("--augment", action=NoAugment, help=argparse.SUPPRESS)
     add = parser.add_argument_group("running").add_argument
-    add("--cache", type=Path, metavar="DIR", help="keep features: 2 or 8 KB per image and view")
+    add("--cache", type=Path, metavar="DIR", help="keep features: 2 to 16 KB per image and view")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
     add("--precision", choices=PRECISIONS, default="auto", metavar="NAME", help="auto, float32 or bfloat16")
     add("--workers", type=int_at_least(0), metavar="N", help="decoding processes (default: one per core)")
@@ -162,6 +162,7 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--labelled", action="store_true", help="folders hold class folders: score them")
     parser.add_argument("--labeled", dest="labelled", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, default="best.pth", metavar="FILE", help="what train.py saved")
+    parser.add_argument("--arch", metavar="NAME", help="of a --model whose weights do not show it")
     parser.add_argument("--root", type=Path, default=".", metavar="DIR", help="where the paths in lists begin")
     add = parser.add_argument_group("a pile without labels").add_argument
     add("--label-next", type=int_at_least(1), metavar="N", help="name the N photos whose labels help most")

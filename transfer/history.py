@@ -7,6 +7,7 @@ import textwrap
 import time
 from pathlib import Path
 
+from transfer.architectures import NORMALIZE
 from transfer.checkpoint import describe_existing
 from transfer.console import plural, predict_command, printable, warn
 from transfer.data import Data
@@ -66,23 +67,29 @@ def shortened(name: str) -> str:
 def run_metadata(flags: dict, data: Data, pretrained: Pretrained, splits: Splits, *, compute: Compute) -> dict:
     """What all checkpoints of a run hold about it."""
     renamed = {"folders": data.folders} if data.folders != data.classes else {}
+    norm = compute.normalize
+    unusual = {"mean": norm.mean, "std": norm.std} if str(norm) != str(NORMALIZE) else {}
     chosen = data.train_path if flags["val_split"] else data.val_path or data.test_path
-    return renamed | {
-        "classes": data.classes,
-        "grey_bits": data.grey_bits,
-        "trained_lists": [path_digest(path) for path in (data.train_path, *data.split_paths[:1])],
-        "chosen_list": path_digest(chosen),
-        "arch": flags["arch"],
-        "size": flags["size"],
-        "backbone": pretrained.description,
-        "chosen_on": data.chosen_on,
-        "recipe": {flag: value for flag, value in flags.items() if isinstance(value, int | float | str)},
-        "device": compute.device.type,
-        "precision": compute.precision,
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "train_images": len((splits.train if flags["finetune_epochs"] else splits.trainval).features.rows),
-        "test_images": len(splits.test.dataset),
-    }
+    return (
+        renamed
+        | unusual
+        | {
+            "classes": data.classes,
+            "grey_bits": data.grey_bits,
+            "trained_lists": [path_digest(path) for path in (data.train_path, *data.split_paths[:1])],
+            "chosen_list": path_digest(chosen),
+            "arch": flags["arch"],
+            "size": flags["size"],
+            "backbone": pretrained.description,
+            "chosen_on": data.chosen_on,
+            "recipe": {flag: value for flag, value in flags.items() if isinstance(value, int | float | str)},
+            "device": compute.device.type,
+            "precision": compute.precision,
+            "date": time.strftime("%Y-%m-%d %H:%M"),
+            "train_images": len((splits.train if flags["finetune_epochs"] else splits.trainval).features.rows),
+            "test_images": len(splits.test.dataset),
+        }
+    )
 
 
 def print_result(history: "History", data: Data, pretrained: Pretrained, start_time: float) -> None:

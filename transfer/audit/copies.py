@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from transfer.architectures import NORMALIZE
 from transfer.audit.findings import AuditSplit, Finding
 from transfer.audit.label_errors import LabelQuality
 from transfer.backbone import PASS_BATCH, embed_dataset, unbatch
@@ -63,7 +64,7 @@ class Grey(nn.Module):
 
 def thumbnails(dataset: Dataset, rows: Tensor, compute: Compute, progress: Progress | None = None) -> Tensor:
     """Grey thumbnails (N, 32, 32), float16, of some rows of a `ImageDataset` of one view; NaN where unreadable."""
-    here = replace(compute, device=torch.device("cpu"), dtype=torch.float32)
+    here = replace(compute, device=torch.device("cpu"), dtype=torch.float32, normalize=NORMALIZE)
     found = torch.full((len(rows), THUMBNAIL, THUMBNAIL), torch.nan, dtype=torch.float16)
     batches = embed_dataset(Grey(), dataset, rows.tolist(), compute=here, batch_size=PASS_BATCH["cpu"])
     for place, (_, values) in enumerate(unbatch(batches)):

@@ -2,9 +2,11 @@
 
 import contextlib
 import csv
+import fcntl
 import functools
 import io
 import os
+import pickle
 import shutil
 import sys
 from collections import Counter
@@ -100,15 +102,6 @@ def offline(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "torch"))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For tiny tensors, or where other work shares the cores, a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def impatient(monkeypatch):
     """Let a DataLoader look after its workers five times a second instead of every five seconds."""
@@ -124,21 +117,28 @@ def colours(tmp_path, monkeypatch):
     return tmp_path
 
 
-def pytest_collection_modifyitems(items):
-    """Of two processes that share the tests (pytest-xdist), one has those of the run on the sample, one the browser."""
-    for item in items:
-        for fixture in {"sample_run", "browser"} & set(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group(fixture))
+def pytest_configure():
+    """For tiny tensors, or where other work shares the cores, a second thread only waits for the first."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def sample_run(tmp_path_factory):
     """The main job on the sample photos: the finished process and the checkpoint; its features lie in `kept` beside.
 
-    It takes 15 to 30 s, once for all tests that are about real photos.
+    It takes 15 to 30 s, once for all tests that are about real photos: of the processes that share the tests, the first
+    to come runs it, and the others wait.
     """
-    out = tmp_path_factory.mktemp("sample") / "best.pth"
-    done = run_script("train.py", "--epochs", 20, "--out", out, "--cache", out.parent / "kept")
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    out, result = folder / "sample" / "best.pth", folder / "sample.pickle"
+    with open(folder / "sample.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not result.exists():
+            out.parent.mkdir()
+            done = run_script("train.py", "--epochs", 20, "--out", out, "--cache", out.parent / "kept")
+            result.write_bytes(pickle.dumps(done))
+    done = pickle.loads(result.read_bytes())
     assert done.returncode == 0, done.stderr
     return done, out
 

@@ -39,7 +39,7 @@ from transfer.metrics import ClassificationScores, ScoredImage, classification_r
 from transfer.outputs import check_outputs, page_outputs
 from transfer.pages.report import save_report
 from transfer.rows import row_printer
-from transfer.sources import Source, join_sources, read_sources
+from transfer.sources import Source, correct_labels, join_sources, read_sources
 from transfer.stdin import PathRows, StdinPaths
 
 
@@ -176,20 +176,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_predict_args(argv)
     from_stdin, style = args.images == ["-"], args.format or ("table" if args.report else "text")
     asking = {"--report": args.report, "--labelled": args.labelled, "--format table": style == "table"}
+    asking["--corrections"] = args.corrections
     needs_labels = next((flag for flag, asked in asking.items() if asked), None)
 
     # Everything that can be checked is, before the model is loaded.
     check_model(args.model)
     sources = [] if from_stdin else read_sources(args.images, args.root, args.labelled)
     images = [path for source in sources for path in source.image_list.each_path()] if args.report else []
-    reads = [*args.images, args.model, history_path(args.model), *images]
+    reads = [*args.images, *args.corrections, args.model, history_path(args.model), *images]
     check_request(args.report, needs_labels, sources, reads)
     classifier = load(args.model, args.device, args.workers, args.mirror)
     classes, batch_size = classifier.classes, args.batch_size or PASS_BATCH[classifier.compute.device.type]
     if from_stdin:
         rows = ((path, None, probs) for path, probs in predict_stdin(classifier, batch_size))
     else:
-        image_list, has_label = join_sources(sources, classifier.metadata, args.model, needs_labels)
+        images = join_sources(sources, classifier.metadata, args.model, needs_labels)
+        image_list, has_label = correct_labels(*images, args.corrections, root=args.root, metadata=classifier.metadata)
         rows = predict_images(classifier, image_list, has_label, batch_size)
 
     # A row is printed for each image as soon as it is there.

@@ -15,6 +15,7 @@ ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  
 STAGES = ("layer4", "layer3", "all")  # what --unfreeze may name
 DEFAULT_LR = 0.005  # of the head
 PRECISIONS = ("auto", "float32", "bfloat16")
+CORRECTIONS = "labels to change: path and class (or -) per line"
 IMAGE_SIZE = 224  # the recipe's
 SIZES = range(64, 1025, 2)  # that --size may name
 
@@ -23,7 +24,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but not that of a flag whose default is to be off."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        off = action.default is None or action.default is False
+        off = action.default is None or action.default is False or action.default == []
         return action.help if off else super()._get_help_string(action)
 
 
@@ -122,10 +123,11 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--test", type=Path, metavar="PATH", help="likewise (test.txt beside it, or held out)")
     add("--root", type=Path, default=".", metavar="DIR", help="where the paths in lists begin")
     add("--classes", type=Path, metavar="FILE", help="class names, one per line (folder names)")
+    add("--corrections", type=Path, action="append", default=[], metavar="FILE", help=CORRECTIONS)
     add("--val-split", type=open_unit_float, metavar="SHARE", help="choose the epoch on this share of --train")
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, default="best.pth", metavar="FILE", help="checkpoint, and a .csv beside it")
-    add("--audit", type=Path, metavar="FILE", help="page of wrong labels, copies, strange photos; and a .csv")
+    add("--audit", type=Path, metavar="FILE", help="page of wrong labels, copies, strange photos; a .csv")
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=ARCHITECTURES, default=ARCHITECTURES[0], metavar="NAME", help="resnet18, 34, 50, 101 or 152")
     add("--weights", metavar="NAME", help="imagenet (default), none, or a FILE that fits --arch")
@@ -163,6 +165,7 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--labeled", dest="labelled", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, default="best.pth", metavar="FILE", help="what train.py saved")
     parser.add_argument("--root", type=Path, default=".", metavar="DIR", help="where the paths in lists begin")
+    parser.add_argument("--corrections", type=Path, action="append", default=[], metavar="FILE", help=CORRECTIONS)
     add = parser.add_argument_group("output").add_argument
     add("--top-k", type=int_at_least(1), default=3, metavar="K", help="classes named for each image")
     add("--min-prob", type=open_unit_float, metavar="P", help="below this an image is named unknown")

@@ -72,6 +72,8 @@ def run_metadata(flags: dict, data: Data, pretrained: Pretrained, splits: Splits
         "grey_bits": data.grey_bits,
         "trained_lists": [path_digest(path) for path in (data.train_path, *data.split_paths[:1])],
         "chosen_list": path_digest(chosen),
+        "label_names": data.corrections.labels.named,
+        "corrections": dict(data.corrections.counts),
         "arch": flags["arch"],
         "size": flags["size"],
         "backbone": pretrained.description,
@@ -97,7 +99,7 @@ def print_result(history: "History", data: Data, pretrained: Pretrained, start_t
 
 def print_next(data: Data, checkpoint: Path, audited: bool) -> None:
     """What to run next: the command that shows what the model gets wrong."""
-    print(f"next      {predict_command(data.test_path, checkpoint, data.root)}")
+    print(f"next      {predict_command(data.test_path, checkpoint, data.root, data.corrections.files)}")
     if not audited:
         print("          or again with --audit audit.html: wrong labels, copies, strange photos")
 

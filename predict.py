@@ -2,11 +2,13 @@
 
     python predict.py photo.jpg
     python predict.py test.txt --report report.html
+    python predict.py pile --label-next 40 --report next.html
 
 Reads images, folders, lists and paths on standard input. Prints one line per image
 on stdout: its path, then the likeliest classes with their probabilities. For lists
 and class folders, whose labels are known, it then prints the accuracy of each class,
 and can draw a report; with a report the lines are left out unless --format asks for them.
+With --label-next it prints those photos alone whose labels would help the model most.
 """
 
 from transfer.flags import IMAGE_SIZE, parse_predict_args
@@ -28,17 +30,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 from train import ImageDataset, draw_views
+from transfer.audit.copies import thumbnails
 from transfer.backbone import PASS_BATCH, Backbone, embed, embed_batches, embed_dataset, inference_copy, unbatch
 from transfer.checkpoint import load_checkpoint
 from transfer.console import Progress, UserError, one_line_errors, printable
 from transfer.device import Compute, pick_compute
 from transfer.files import history_path
 from transfer.images import GREY_BITS, ImageError, as_rgb, read_image, upright
+from transfer.labelling import propose
 from transfer.lists import ImageList
-from transfer.metrics import ClassificationScores, ScoredImage, classification_report, likeliest
+from transfer.metrics import classification_report, likeliest
 from transfer.outputs import check_outputs, page_outputs
+from transfer.pages.next_page import save_next
 from transfer.pages.report import save_report
-from transfer.rows import row_printer
+from transfer.pile import read_pile
+from transfer.rows import Answer, print_rows, row_printer
 from transfer.sources import Source, correct_labels, join_sources, read_sources
 from transfer.stdin import PathRows, StdinPaths
 
@@ -114,11 +120,8 @@ def predict(classifier: Classifier, images: Sequence[str | os.PathLike | Image.I
     return named
 
 
-@torch.inference_mode()
-def predict_images(
-    classifier: Classifier, image_list: ImageList, has_label: Tensor, batch_size: int
-) -> Iterator[tuple[bytes, int | None, Tensor | str]]:
-    """Each image's path, its label where it has one, and its probabilities (C,) or the reason why there are none."""
+def list_features(classifier: Classifier, image_list: ImageList, batch_size: int) -> Iterator[tuple[int, Tensor | str]]:
+    """Each image's row and its features, as `probabilities` takes them."""
     compute = classifier.compute if len(image_list) > batch_size else replace(classifier.compute, workers=0)
     dataset, views = classifier.dataset(image_list), len(classifier.views)
     batches = embed_dataset(
@@ -129,14 +132,22 @@ def predict_images(
         batch_size=max(1, batch_size // views),
         per_image=views,
     )
-    for row, features in unbatch(batches):
-        label = int(image_list.labels[row]) if has_label[row] else None
-        yield image_list.path(row), label, probabilities(classifier, features)
+    return unbatch(batches)
 
 
 @torch.inference_mode()
-def predict_stdin(classifier: Classifier, batch_size: int) -> Iterator[tuple[bytes, Tensor | str]]:
-    """The same for the paths on standard input, as soon as they come: each path and its probabilities or the reason.
+def predict_images(
+    classifier: Classifier, image_list: ImageList, has_label: Tensor, batch_size: int
+) -> Iterator[Answer]:
+    """What is found for each image, with its label where it has one."""
+    for row, features in list_features(classifier, image_list, batch_size):
+        label = int(image_list.labels[row]) if has_label[row] else None
+        yield Answer(image_list.path(row), probabilities(classifier, features), label)
+
+
+@torch.inference_mode()
+def predict_stdin(classifier: Classifier, batch_size: int) -> Iterator[Answer]:
+    """The same for the paths on standard input, as soon as they come.
 
     Raises UserError (status 1) where standard input can't be read as lines.
     """
@@ -147,8 +158,38 @@ def predict_stdin(classifier: Classifier, batch_size: int) -> Iterator[tuple[byt
         compute, receive = replace(classifier.compute, workers=workers), functools.partial(paths.batches, few)
         batches = embed_batches(classifier.backbone, dataset, receive, compute=compute, per_image=len(classifier.views))
         for (_, path), features in unbatch(batches):
-            yield path, probabilities(classifier, features)
+            yield Answer(path, probabilities(classifier, features))
             paths.mark_answered()
+
+
+# What to label next
+
+
+@torch.inference_mode()
+def label_next(classifier: Classifier, pile: ImageList, count: int, batch_size: int) -> Iterator[Answer]:
+    """What can't be read of a pile; then so many photos of it that are most worth a label, the most worthy first.
+
+    Features and probabilities of all are in memory: 4 bytes per feature and class.
+    """
+    width, progress = classifier.head.in_features, Progress("looked at", len(pile))
+    features, probs = torch.empty(len(pile), width), torch.empty(len(pile), len(classifier.classes))
+    rows = []
+    for row, found in list_features(classifier, pile, batch_size):
+        answer = probabilities(classifier, found)
+        if isinstance(answer, str):
+            yield Answer(pile.path(row), answer)
+        else:
+            features[len(rows)], probs[len(rows)] = found.view(-1, width).mean(0), answer
+            rows.append(row)
+        progress.add(1)
+    dataset, alone = replace(classifier.dataset(pile), views=[0]), replace(classifier.compute, workers=0)
+
+    def thumbnail(place: int) -> Tensor:
+        return thumbnails(dataset, torch.tensor([rows[place]]), alone)[0].float()
+
+    proposals = propose(features[: len(rows)], probs[: len(rows)], count, thumbnail)
+    for rank, (place, worth) in enumerate(proposals, 1):
+        yield Answer(pile.path(rows[place]), probs[place], rank=rank, worth=worth)
 
 
 # What is asked for
@@ -174,50 +215,47 @@ def check_request(
 @one_line_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_predict_args(argv)
-    from_stdin, style = args.images == ["-"], args.format or ("table" if args.report else "text")
-    asking = {"--report": args.report, "--labelled": args.labelled, "--format table": style == "table"}
-    asking["--corrections"] = args.corrections
+    from_stdin, page_alone = args.images == ["-"], args.report and not args.label_next
+    style = args.format or ("table" if page_alone else "text")
+    asking = {"--report": page_alone, "--labelled": args.labelled, "--corrections": args.corrections}
+    asking["--format table"] = style == "table"
     needs_labels = next((flag for flag, asked in asking.items() if asked), None)
 
     # Everything that can be checked is, before the model is loaded.
     check_model(args.model)
     sources = [] if from_stdin else read_sources(args.images, args.root, args.labelled)
-    images = [path for source in sources for path in source.image_list.each_path()] if args.report else []
-    reads = [*args.images, *args.corrections, args.model, history_path(args.model), *images]
+    pile = read_pile(sources, read_sources(args.leave_out, args.root, False)) if args.label_next else None
+    lists = [pile] if pile else [source.image_list for source in sources]
+    images = [path for image_list in lists for path in image_list.each_path()] if args.report else []
+    reads = [*args.images, *args.leave_out, *args.corrections, args.model, history_path(args.model), *images]
     check_request(args.report, needs_labels, sources, reads)
     classifier = load(args.model, args.device, args.workers, args.mirror)
     classes, batch_size = classifier.classes, args.batch_size or PASS_BATCH[classifier.compute.device.type]
-    if from_stdin:
-        rows = ((path, None, probs) for path, probs in predict_stdin(classifier, batch_size))
+    on_screen, progress = style != "table" and sys.stdout.isatty(), None
+    if pile:
+        answers = label_next(classifier, pile, args.label_next, batch_size)
+    elif from_stdin:
+        answers = predict_stdin(classifier, batch_size)
     else:
-        images = join_sources(sources, classifier.metadata, args.model, needs_labels)
-        image_list, has_label = correct_labels(*images, args.corrections, root=args.root, metadata=classifier.metadata)
-        rows = predict_images(classifier, image_list, has_label, batch_size)
+        joined = join_sources(sources, classifier.metadata, args.model, needs_labels)
+        image_list, has_label = correct_labels(*joined, args.corrections, root=args.root, metadata=classifier.metadata)
+        answers = predict_images(classifier, image_list, has_label, batch_size)
+        progress = None if on_screen else Progress("predicted", len(image_list))
 
     # A row is printed for each image as soon as it is there.
-    print_row = row_printer(style, classes, args.top_k, args.min_prob or 0)
-    scores, scored, unreadable = ClassificationScores(len(classes)), [], 0
-    on_screen = style != "table" and sys.stdout.isatty()
-    progress = None if from_stdin or on_screen else Progress("predicted", len(image_list))
-    for path, label, probs in rows:
-        print_row(path, None if label is None else classes[label], probs)
-        sys.stdout.flush()  # somebody may wait for it
-        if isinstance(probs, str):
-            unreadable += 1
-        elif label is not None:
-            scores.update(label, probs)
-            if args.report:
-                scored.append(ScoredImage.of(path, label, probs))
-        if progress:
-            progress.add(1)
+    print_row = row_printer(style, classes, args.top_k, args.min_prob or 0, ranks=pile is not None)
+    scores, images, unreadable = print_rows(answers, len(classes), print_row, keep=args.report, progress=progress)
 
-    # Where labels are known, the table and the report follow.
-    stream = sys.stderr if style in ("csv", "json") else sys.stdout  # rows alone in what programs read
+    # Where labels are known, the table follows; then the page.
+    stream = sys.stdout if style in ("text", "table") else sys.stderr  # rows alone in what programs read
     if scores.count:
         gap = "" if style == "table" else "\n"
         print(f"{gap}{classification_report(scores, classes)}", file=stream)
-    if scored:
-        save_report(args.report, classifier.metadata, scores, scored, model=args.model, lists=args.images)
+    if images and pile:
+        save_next(args.report, images, classes, pile=len(pile), model=args.model, sources=args.images)
+    elif images:
+        save_report(args.report, classifier.metadata, scores, images, model=args.model, lists=args.images)
+    if images:
         print(f"\nreport saved in {printable(args.report)}", file=stream)
     if unreadable:
         sys.exit(1)

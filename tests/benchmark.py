@@ -5,6 +5,7 @@
     python tests/benchmark.py views                  # what the head should train on: a table of its own
     python tests/benchmark.py labels                 # how well an audit finds wrong labels: another
     python tests/benchmark.py real --data FOLDER     # on a real ImageNet backbone: see benchmark_real.py
+    python tests/benchmark.py label-next --data FOLDER    # which photos to label: see benchmark_labelling.py
 
 What is compared alternates within one run; medians are quoted. The plain loop runs --plain-epochs epochs and is
 scaled to 20, since its epochs cost the same.
@@ -505,6 +506,28 @@ def find_nearest(count: str) -> None:
     print(json.dumps({"seconds": time.perf_counter() - began}))
 
 
+def time_label_next(count: str, chosen: str, width: str = "512") -> None:
+    """Seconds, by the clock and of all cores, to choose so many of so many made-up photos after their pass, and the MB
+    that it takes beyond their features.
+    """
+    import resource
+
+    import torch
+
+    from transfer.labelling import propose
+
+    centres = torch.randn(int(count) // 50 + 1, int(width))
+    features = centres.repeat_interleave(50, 0)[: int(count)]
+    for some in features.split(10_000):
+        some += torch.randn_like(some)
+    probs = torch.rand(int(count), 20).softmax(1)
+    peak, began, worked = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter(), time.process_time()
+    places = [place for place, _ in propose(features, probs, int(chosen), lambda place: torch.rand(32, 32))]
+    seconds, cores = time.perf_counter() - began, time.process_time() - worked
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1024  # KB on Linux
+    print(json.dumps({"seconds": seconds, "core seconds": cores, "chosen": len(places), "MB": more}))
+
+
 def swapped(labels: object, share: float, seed: int, classes: int = 20) -> object:
     """The labels (N,), a share of them any other at random."""
     import torch
@@ -688,6 +711,12 @@ def compare_real(*arguments: str) -> None:
     benchmark_real.main(*arguments)
 
 
+def compare_labelling(*arguments: str) -> None:
+    import benchmark_labelling
+
+    benchmark_labelling.main(*arguments)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=ROWS, help="these rows alone")
@@ -714,6 +743,7 @@ def main() -> None:
 if __name__ == "__main__":
     inner = {"plain": plain_loop, "pass": pass_rates, "list": parse_list, "views": compare_views}
     inner |= {"labels": compare_labels, "nearest": find_nearest, "real": compare_real}
+    inner |= {"label-next": compare_labelling, "label-next-time": time_label_next}
     if sys.argv[1:2] and sys.argv[1] in inner:
         inner[sys.argv[1]](*sys.argv[2:])
     else:

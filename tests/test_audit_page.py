@@ -126,6 +126,17 @@ def test_the_curve_says_what_twice_the_photos_would_give_and_for_which_classes(t
     assert f"40.5% of 20, 50.0% of 40, {sum(expected) / 2:.1%} of 80, the last as expected" in page
 
 
+@pytest.mark.parametrize(
+    ("points", "named"), [([0.3, 0.4, 0.5], True), ([0.9, 0.9, 0.9], False), ([0.5, 0.6, 0.5], False)]
+)
+def test_where_more_photos_would_help_and_only_there_the_command_that_chooses_them_is_named(tmp_path, points, named):
+    audit, names = case(tmp_path)
+    audit = replace(audit, curve=replace(audit.curve, accuracy=torch.tensor(points)[:, None]))
+    page, _, _ = written(tmp_path, audit, names, model="my model.pth")
+    command = "python predict.py FOLDER --label-next 40 --report next.html --model "
+    assert (f"{command}&#x27;{tmp_path}/my model.pth&#x27;</code>" in page) == named == ("--label-next" in page)
+
+
 def test_the_balance_counts_every_image(tmp_path):
     page, rows, _ = written(tmp_path, *case(tmp_path, classes=4, findings=5))
     body = re.search(r'<table id="balance">.*?<tbody>(.*?)</tbody>', page, re.S)[1]

@@ -166,18 +166,27 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default="best.pth", metavar="FILE", help="what train.py saved")
     parser.add_argument("--root", type=Path, default=".", metavar="DIR", help="where the paths in lists begin")
     parser.add_argument("--corrections", type=Path, action="append", default=[], metavar="FILE", help=CORRECTIONS)
+    add = parser.add_argument_group("a pile without labels").add_argument
+    add("--label-next", type=int_at_least(1), metavar="N", help="name the N photos whose labels help most")
+    what = "leave out a list's or folder's photos; repeatable"
+    add("--except", dest="leave_out", action="append", metavar="PATH", help=what)
     add = parser.add_argument_group("output").add_argument
     add("--top-k", type=int_at_least(1), default=3, metavar="K", help="classes named for each image")
     add("--min-prob", type=open_unit_float, metavar="P", help="below this an image is named unknown")
-    what = "text, csv, json, or table: no rows (so with --report)"
-    add("--format", choices=("text", "csv", "json", "table"), metavar="NAME", help=what)
-    add("--report", type=Path, metavar="FILE", help="page of the mistakes, where labels are known")
+    what = "text, csv, json, paths, or table: no rows"
+    add("--format", choices=("text", "csv", "json", "table", "paths"), metavar="NAME", help=what)
+    add("--report", type=Path, metavar="FILE", help="page of mistakes, or of photos to label next")
     add = parser.add_argument_group("running").add_argument
     add("--mirror", action="store_true", help="also look at the mirrored photo, in twice the time")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
     add("--batch-size", type=int_at_least(1), metavar="N", help="images at a time (default: by device)")
     add("--workers", type=int_at_least(0), metavar="N", help="decoding processes (default: one per core)")
     args = parser.parse(argv)
+    args.leave_out = args.leave_out or []
     if "-" in args.images and len(args.images) > 1:
         parser.error("- stands alone: other images can come on standard input too")
+    if args.label_next and (args.labelled or args.corrections or args.format == "table"):
+        parser.error("--label-next names photos without labels: not with --labelled, --corrections or --format table")
+    if not args.label_next and (args.leave_out or args.format == "paths"):
+        parser.error(f"{'--except' if args.leave_out else '--format paths'} needs --label-next N")
     return args

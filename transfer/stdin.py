@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from transfer.console import UserError, os_reason
+from transfer.signals import check_stop
 
 CHUNK = 1 << 16  # bytes of standard input read at a time, and more than any path has
 CHUNKS_AHEAD = 4  # what is read before it is needed, so that an endless pipe takes no more
@@ -94,6 +95,15 @@ class StdinPaths:
         """The oldest row has its answer."""
         self.pending.popleft()
         self.given -= 1
+
+
+def read_stdin_paths() -> list[bytes]:
+    """All paths on standard input, once it has ended. Raises UserError (status 1) where it can't be read as lines."""
+    paths = StdinPaths(batch_size=0)
+    while not paths.ended:
+        check_stop()
+        paths.receive(wait=True)
+    return [path for _, path in paths.pending]
 
 
 class PathRows:

@@ -61,16 +61,16 @@ class Grey(nn.Module):
         return F.adaptive_avg_pool2d(images.mean(1, keepdim=True), THUMBNAIL).flatten(1)
 
 
-def thumbnails(dataset: Dataset, rows: Tensor, compute: Compute) -> Tensor:
+def thumbnails(dataset: Dataset, rows: Tensor, compute: Compute, progress: Progress | None = None) -> Tensor:
     """Grey thumbnails (N, 32, 32), float16, of some rows of a `ImageDataset` of one view; NaN where unreadable."""
     here = replace(compute, device=torch.device("cpu"), dtype=torch.float32)
     found = torch.full((len(rows), THUMBNAIL, THUMBNAIL), torch.nan, dtype=torch.float16)
-    progress = Progress(f"{dataset.image_list.name}, audit:", len(rows))
     batches = embed_dataset(Grey(), dataset, rows.tolist(), compute=here, batch_size=PASS_BATCH["cpu"])
     for place, (_, values) in enumerate(unbatch(batches)):
         if torch.is_tensor(values):
             found[place] = values.view(THUMBNAIL, THUMBNAIL)
-        progress.add(1)
+        if progress:
+            progress.add(1)
     return found
 
 
@@ -151,7 +151,8 @@ def find_copies(
         wanted = [pair[:, side] for ends, pair in pairs.items() for side in (0, 1) if ends[side] == number]
         places, index = torch.cat(wanted).unique(), torch.zeros(len(split.rows), dtype=torch.int64)
         index[places] = torch.arange(len(places))
-        pixels.append((thumbnails(split.dataset, split.rows[places], compute), index))
+        progress = Progress(f"{split.image_list.name}, audit:", len(places))
+        pixels.append((thumbnails(split.dataset, split.rows[places], compute, progress), index))
     return [(query, key, *copies(pair, (pixels[query], pixels[key]))) for (query, key), pair in pairs.items()]
 
 

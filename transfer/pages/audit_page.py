@@ -1,6 +1,7 @@
 """The audit's page: what it found, kind by kind, with the photos, the classes' sizes, and whether more would help."""
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -144,15 +145,28 @@ def balance_table(audit: Audit, classes: Sequence[str]) -> str:
 # More photos
 
 
-def curve_words(curve: Curve, classes: Sequence[str]) -> str:
-    """What twice the photos would give, as far as the curve shows, and for which classes."""
+def next_words(model: Path) -> str:
+    """The command that says which photos to label next."""
+    command = ["python", "predict.py", "FOLDER", "--label-next", "40", "--report", "next.html"]
+    command += ["--model", str(model)] if model != Path("best.pth") else []
+    return (
+        "<p>You have more photos without labels, in a folder? This shows which 40 of them to label first: "
+        f'<code class="copy">{escape(shlex.join(command))}</code></p>'
+    )
+
+
+def curve_words(curve: Curve, classes: Sequence[str], model: Path) -> str:
+    """What twice the photos would give, as far as the curve shows, and for which classes; where that is much, how to
+    choose them.
+    """
     if curve.unclear:
         return "<p>Too few photos to tell: the points of the curve go up and down more than they rise.</p>"
     now, ahead = float(curve.accuracy[-1].mean()), curve.doubled()
     expected = sum(ahead) / len(ahead)
     spread = f" ({min(ahead):.1%} to {max(ahead):.1%} by the draw)"
     verdict = f"Twice the photos would give about <b>{expected:.1%}</b>{spread} instead of {now:.1%}"
-    if expected - now < FEW_POINTS:
+    few = expected - now < FEW_POINTS
+    if few:
         verdict = f"Hardly: twice the photos would give about <b>{expected:.1%}</b>{spread}, and these give {now:.1%}"
     grown = [f"{escape(classes[label])} (+{100 * gain:.0f} points)" for label, gain in curve.growing()[:5]]
     where = "no single class would gain most"
@@ -161,6 +175,7 @@ def curve_words(curve: Curve, classes: Sequence[str]) -> str:
     return (
         f"<p>{verdict}, if the curve goes on as it went; {where}. Each point is the accuracy on photos that were not "
         "trained on (cross-validated); it may be below the test accuracy.</p>"
+        f"{'' if few else next_words(model)}"
     )
 
 
@@ -190,12 +205,12 @@ def curve_chart(curve: Curve) -> str:
     return f"<figure>{svg(WIDTH, HEIGHT, label, ''.join(parts))}</figure>"
 
 
-def curve_section(curve: Curve | None, classes: Sequence[str]) -> str:
+def curve_section(curve: Curve | None, classes: Sequence[str], model: Path) -> str:
     if curve is None:
         return "<p>Too few photos to tell: half of them must leave two per class.</p>"
     ahead = "" if curve.unclear else '<span><i class="blue dash"></i>as it would go on</span>'
     key = f'<p class="key"><span><i class="blue"></i>mean of the draws</span>{ahead}</p>'
-    return f"{curve_words(curve, classes)}{key}{curve_chart(curve)}"
+    return f"{curve_words(curve, classes, model)}{key}{curve_chart(curve)}"
 
 
 # The page
@@ -244,7 +259,7 @@ def save_audit(path: Path, audit: Audit, classes: Sequence[str], model: Path) ->
         if counts[kind]
     ]
     sections += [("Nothing found", none, "")] if (none := nothing_found(audit)) else []
-    sections.append(("Would more photos help?", curve_section(audit.curve, classes), "whole"))
+    sections.append(("Would more photos help?", curve_section(audit.curve, classes, model), "whole"))
     sections.append(("Classes", balance_table(audit, classes), "whole"))
     found = plural(sum(counts.values()), "finding")
     save_findings(table, audit.findings, classes)

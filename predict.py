@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         gap = "" if style == "table" else "\n"
         print(f"{gap}{classification_report(scores, classes)}", file=stream)
     if images and pile:
-        save_next(args.report, images, classes, pile=len(pile), model=args.model, sources=args.images)
+        save_next(args.report, images, classifier.metadata, pile=len(pile), model=args.model, sources=args.images)
     elif images:
         save_report(args.report, classifier.metadata, scores, images, model=args.model, lists=args.images)
     if images:

@@ -386,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.audit:
             logits, _ = collect_logits(model.fc.cpu(), test_loader)
             audit = audit_splits(splits, logits, hparams, compute)
-            print(f"audit     {save_audit(args.audit, audit, data.classes, args.out)}")
+            print(f"audit     {save_audit(args.audit, audit, data.corrections, args.out, argv=args.argv)}")
         print_next(data, args.out, audited=args.audit is not None)
     end_distributed()
 

@@ -193,8 +193,8 @@ def test_the_page_is_saved_beside_the_rows(pile):
     [
         (["--except", "a.txt"], "--except needs --label-next N"),
         (["--format", "paths"], "--format paths needs --label-next N"),
-        (["--label-next", 4, "--format", "table"], "--label-next prints photos without labels: leave out --labelled "),
-        (["--label-next", 4, "--labelled"], "--label-next prints photos without labels: leave out --labelled "),
+        (["--label-next", 4, "--format", "table"], "--label-next prints photos without labels: leave out --labelled, "),
+        (["--label-next", 4, "--labelled"], "--label-next prints photos without labels: leave out --labelled, "),
         (["--label-next", 0], "argument --label-next: '0' is not a whole number from 1"),
     ],
     ids=str,

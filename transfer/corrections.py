@@ -26,6 +26,12 @@ class ClassLabels:
             for label, name in enumerate(names):
                 self.places.setdefault(same_name(name), label)
 
+    @classmethod
+    def of_model(cls, metadata: dict) -> "ClassLabels":
+        """Those of a checkpoint, as it was trained."""
+        classes = metadata["classes"]
+        return cls(classes, metadata.get("folders", classes), metadata.get("label_names", False))
+
     def find(self, text: str) -> int | None:
         """The label of a name or number; None where there is no such class."""
         is_number = text.isascii() and text.isdigit()

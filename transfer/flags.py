@@ -41,6 +41,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str] | None, path_flag: str | None = None) -> argparse.Namespace:
         """The arguments; path_flag: what a path that stands alone was probably meant for."""
         args, rest = self.parse_known_args(argv)
+        args.argv = sys.argv[1:] if argv is None else [*argv]
         for text in rest:
             if text.startswith("-"):
                 name = text.split("=")[0]
@@ -186,7 +187,7 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if "-" in args.images and len(args.images) > 1:
         parser.error("- stands alone: other images can come on standard input too")
     if args.label_next and (args.labelled or args.corrections or args.format == "table"):
-        parser.error("--label-next names photos without labels: not with --labelled, --corrections or --format table")
+        parser.error("--label-next prints photos without labels: leave out --labelled, --corrections, --format table")
     if not args.label_next and (args.leave_out or args.format == "paths"):
         parser.error(f"{'--except' if args.leave_out else '--format paths'} needs --label-next N")
     return args

@@ -117,9 +117,7 @@ def correct_labels(
     """
     if not files:
         return image_list, has_label
-    classes = metadata["classes"]
-    labels = ClassLabels(classes, metadata.get("folders", classes), metadata.get("label_names", False))
-    corrections = read_corrections(files, root, labels)
+    corrections = read_corrections(files, root, ClassLabels.of_model(metadata))
     if corrections.problems:
         raise ListsError(corrections.problems)
     image_list, rows, _ = corrections.apply(image_list)

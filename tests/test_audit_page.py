@@ -23,7 +23,7 @@ from transfer.audit.learning_curve import Curve
 from transfer.corrections import ClassLabels, Corrections
 from transfer.lists import ImageList
 from transfer.pages.audit_page import TITLES, WORDS, save_audit
-from transfer.pages.choices import SCRIPT
+from transfer.pages.choices import SCRIPT, Choices
 
 
 def case(folder, classes=4, findings=5, name="class", path="photo"):
@@ -211,6 +211,7 @@ def press(browser, *keys):
 
 
 def click(browser, selector):
+    ask(browser, f"document.querySelector('{selector}').scrollIntoView({{block: 'center'}})")  # not below the foot
     element = call("POST", f"{browser}/element", {"using": "css selector", "value": selector})
     call("POST", f"{browser}/element/{next(iter(element.values()))}/click", {})
 
@@ -249,7 +250,7 @@ def colourful(few):
     return replace(audit, train=split, findings=found), NAMES
 
 
-def test_decisions_are_clicked_typed_undone_kept_and_saved_as_corrections(colourful, tmp_path, browser):
+def test_decisions_are_clicked_typed_undone_kept_and_saved_as_corrections(colourful, tiny, quick, tmp_path, browser):
     written(tmp_path, *colourful, earlier=["corrections.txt"])
     show(browser, tmp_path / "audit.html", 1280)
     downloads(browser, tmp_path)
@@ -274,7 +275,7 @@ def test_decisions_are_clicked_typed_undone_kept_and_saved_as_corrections(colour
     assert ask(browser, asks)
     press(browser, "\ue007")
     lines = downloaded(tmp_path / "corrections2.txt")
-    hostile = "0"  # its number: the name has a space in it
+    hostile = NAMES[0]
     assert lines == [
         "photos 0/train_0.png plum",
         "photos 1/train_1.png kiwi",
@@ -287,8 +288,51 @@ def test_decisions_are_clicked_typed_undone_kept_and_saved_as_corrections(colour
     assert ask(browser, STATE)[0] == "5 decided, 0 to go"
     assert complaints(browser) == [] and set(fetched(browser)) <= {(tmp_path / "audit.html").as_uri()}
     (tmp_path / "train.txt").write_text("".join(f"photos {n}/train_{k}.png {n}\n" for n in range(3) for k in range(2)))
-    (tmp_path / "test.txt").write_text("".join(f"photos {n}/test_0.png {n}\n" for n in range(3)))
+    (tmp_path / "test.txt").write_text("".join(f"photos {n}/test_0.png {n}\n" for n in range(2)))
     Path("names").write_text("\n".join(NAMES[:3]))
     (tmp_path / "corrections2.txt").write_text("\n".join(lines).replace("kiwi", "plum"))
     out = go("--epochs", 1, "--classes", "names", "--corrections", "corrections2.txt")
     assert "\ncorrections 2 labels, 1 left out, 2 as they were (corrections2.txt)\n" in out
+
+
+def test_a_browser_that_keeps_nothing_says_so(colourful, tmp_path, browser):
+    written(tmp_path, *colourful)
+    closed = "Object.defineProperty(window, 'localStorage', {get() { throw new Error('closed') }})"
+    body = {"cmd": "Page.addScriptToEvaluateOnNewDocument", "params": {"source": closed}}
+    script = call("POST", f"{browser}/goog/cdp/execute", body)
+    show(browser, tmp_path / "audit.html", 1280)
+    body = {"cmd": "Page.removeScriptToEvaluateOnNewDocument", "params": script}
+    call("POST", f"{browser}/goog/cdp/execute", body)
+    assert ask(browser, "return document.querySelector('.volatile').checkVisibility()")
+    click(browser, "li button")
+    assert ask(browser, STATE)[0] == "1 decided, 4 to go" and complaints(browser) == []
+
+
+def test_without_scripts_there_are_no_choices_and_names_that_no_list_can_hold_never_have_any(colourful, tmp_path):
+    page, _, _ = written(tmp_path, *colourful)
+    tags = [(tag, attrs) for tag, attrs in Page(page).tags if "choices" in attrs.get("class", "") or tag == "aside"]
+    assert len(tags) == 7 and all("hidden" in attrs for _, attrs in tags)
+    assert [tag for tag, _ in tags] == ["div", "div", "div", "p", "div", "div", "aside"]
+    assert "No choices: a list can’t hold this name (a line break in it)." in page
+    command = "train.py --train &#x27;my photos&#x27; --corrections corrections.txt</code>"
+    assert command in page and "Put corrections.txt into the folder that you run this in: " in page
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "words"),
+    [
+        ("label", None, ["plum", "keep", "leave out"]),
+        ("outlier", None, ["keep", "leave out"]),
+        ("conflict", 1, ["both plum", "both kiwi", "keep", "leave out both"]),
+        ("leak", 1, ["keep", "leave out of test", "leave out of training"]),
+        ("leak", 0, ["keep", "leave out"]),  # one path in both lists
+        ("duplicate", 1, ["keep", "leave out one"]),
+    ],
+)
+def test_each_kind_of_finding_has_its_choices(colourful, kind, other, words):
+    split = colourful[0].train
+    image_list = ImageList("train.txt", [b"a", b"b"], [1, 0], [1, 2])
+    split = replace(split, dataset=train.ImageDataset(image_list, [0], 0), labels=torch.tensor([1, 0]))
+    classes = ["plum", "kiwi"]
+    found = Finding(kind, split, 0, 0.9, 0 if kind == "label" else None, None if other is None else (split, other))
+    assert [name for name, _ in Choices(ClassLabels(classes, classes, True)).of_finding(found)] == words

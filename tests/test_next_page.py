@@ -34,6 +34,7 @@ def test_a_card_has_its_photo_rank_path_and_the_three_likeliest_classes(tmp_path
         assert guesses == [(str(label), share) for label, share in zip(tops.indices.tolist(), expected, strict=True)]
         assert f"<b>{number + 1}</b>" in card
     assert '<span class="copy">photo 2\\udcff</span>' in cards[2]
+    assert "run this in, with the flags that " in page and "train.py --corrections corrections.txt</code>" in page
     assert "<h1>3 photos to label next</h1>" in page and "Of 1,234 photos" in page
     assert "choose its class. Without buttons: move it into its class’s folder or add its path" in page
 
@@ -54,4 +55,9 @@ def test_a_browser_shows_it_without_errors_requests_or_sideways_scrolling(tmp_pa
         return boxes.filter((a, i) => boxes.slice(i + 1, i + 9).some(b =>
             a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1)).length"""
     assert ask(browser, look) == 0
+    # Only the first name is UTF-8: the others have no buttons.
+    choices = "return [...document.querySelectorAll('[data-paths] :is(button, select)')].map(each => each.textContent)"
+    first, *_, skip, listed = ask(browser, choices)
+    assert first.startswith("1 a_very_long") and skip == "4 skip" and listed.startswith("another class")
+    assert ask(browser, "return document.querySelector('[role=status]').textContent") == "0 decided, 1 to go"
     assert complaints(browser) == [] and fetched(browser) == [(tmp_path / "next.html").as_uri()]

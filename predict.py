@@ -244,18 +244,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # A row is printed for each image as soon as it is there.
     print_row = row_printer(style, classes, args.top_k, args.min_prob or 0, ranks=pile is not None)
-    scores, images, unreadable = print_rows(answers, len(classes), print_row, keep=args.report, progress=progress)
+    scores, shown, unreadable = print_rows(answers, len(classes), print_row, keep=args.report, progress=progress)
 
     # Where labels are known, the table follows; then the page.
     stream = sys.stdout if style in ("text", "table") else sys.stderr  # rows alone in what programs read
     if scores.count:
         gap = "" if style == "table" else "\n"
         print(f"{gap}{classification_report(scores, classes)}", file=stream)
-    if images and pile:
-        save_next(args.report, images, classifier.metadata, pile=len(pile), model=args.model, sources=args.images)
-    elif images:
-        save_report(args.report, classifier.metadata, scores, images, model=args.model, lists=args.images)
-    if images:
+    if shown and pile:
+        save_next(args.report, shown, classifier.metadata, pile=len(pile), model=args.model, sources=args.images)
+    elif shown:
+        save_report(args.report, classifier.metadata, scores, shown, model=args.model, lists=args.images)
+    if shown:
         print(f"\nreport saved in {printable(args.report)}", file=stream)
     if unreadable:
         sys.exit(1)

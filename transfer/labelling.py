@@ -80,6 +80,8 @@ def propose(
 
     features: (N, D), which are lost; probs: (N, C); thumbnail: see `copy_test`.
     """
+    if not len(features):
+        return
     units = unit_vectors(features)
     typical = typicality(units, Progress("compared", len(units)))
     yield from most_worthy(units, typical, uncertainty(probs), count, is_copy=copy_test(units, thumbnail))

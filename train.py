@@ -346,8 +346,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Everything that can be checked is, before the first expensive step.
     compute = pick_compute(args.device, args.precision, args.workers, training=args.finetune_epochs > 0)
-    split, fixes = args.val_split, args.corrections
-    data = load_data(args.train, args.test, args.root, args.classes, val_split=split, out=args.out, corrections=fixes)
+    paths = args.train, args.test, args.root, args.classes
+    data = load_data(*paths, val_split=args.val_split, out=args.out, corrections=args.corrections)
     size, reads = checkpoint_bytes(args.arch, len(data.classes)), data.inputs(args.weights)
     prepare_outputs(args.out, size, reads, cache=args.cache, audit=args.audit, lists=data.split_paths, roots=data.files)
     init_distributed()

@@ -15,7 +15,7 @@ from transfer.pages.html import escape
 
 SCRIPT = Path(__file__).with_name("corrections.js").read_text(encoding="utf-8")
 FILE = "corrections.txt"
-SAME = "="  # in a label's place: nothing changes
+SAME = "="  # in the place of a `word`: nothing changes
 
 
 def word(text: str | bytes) -> str:
@@ -41,11 +41,11 @@ class Choices:
         return cls(labels, argv, next(name for name in names if name not in {path.name for path in earlier}))
 
     def to_class(self, label: int, photos: int = 1) -> tuple[str, list[str]]:
-        """The choice of a class for all photos of a card: its name, and what they become; nothing where no list can
-        name the class.
+        """The choice of a class for all photos of a card: its name, and a word for each; none where no list can name
+        the class.
         """
         text = self.labels.text(label)
-        return escape(self.labels.classes[label]), [text] * photos if text else []
+        return escape(self.labels.classes[label]), [word(text)] * photos if text else []
 
     def of_finding(self, finding: Finding) -> list[tuple[str, Sequence[str]]]:
         """What may become of a finding's photos, as `buttons` takes it."""
@@ -72,13 +72,14 @@ class Choices:
     def buttons(self, paths: Sequence[bytes], choices: Sequence[tuple[str, Sequence[str]]], name: str) -> str:
         """The choices of a card and the list of all classes, for whoever has scripts; or why there are none.
 
-        choices: words, safe in HTML, and what each photo becomes; name: of the card, for screen readers, likewise.
+        choices: of each its name, safe in HTML, and its words, as `to_class` has them; name: of the card, for screen
+        readers, safe too.
         """
         reasons = [reason for path in paths if (reason := why_unlistable(path))]
         if reasons:
             return f'<p class="choices" hidden>No choices: a list can’t hold this name ({reasons[0]}).</p>'
         parts = [
-            f'<button type="button" aria-pressed="false" data-labels="{" ".join(map(word, become))}">'
+            f'<button type="button" aria-pressed="false" data-labels="{" ".join(become)}">'
             f'<kbd aria-hidden="true">{number}</kbd> {words}</button>'
             for number, (words, become) in enumerate((each for each in choices if each[1]), 1)
         ]

@@ -1,12 +1,11 @@
 "use strict";
-// The buttons of cards. A card has data-paths, a button or option data-labels or value: URI-encoded words, one per photo
-// of the card, "=" where nothing changes. What was chosen is saved as a list of `path label` lines.
+// The choices of cards. A card has data-paths, its buttons data-labels: URI-encoded words, one per photo of the card, "="
+// where nothing changes; they are decoded only where the chosen ones are saved, as a list of `path label` lines.
 {
   const dock = document.querySelector(".dock"), saver = dock.querySelector("button");
   const cards = [...document.querySelectorAll("[data-paths]")];
   const places = new Map(cards.map((card, place) => [card, place]));
-  const words = (text) => text.split(" ").map(decodeURIComponent);
-  const paths = cards.map((card) => words(card.dataset.paths));
+  const paths = cards.map((card) => card.dataset.paths.split(" "));
   const cardsOf = new Map();
   paths.forEach((some, place) => some.forEach((path) => cardsOf.set(path, [...(cardsOf.get(path) ?? []), place])));
   const decisions = new Map(), steps = [];  // labels by card, the latest last; what each step replaced
@@ -65,11 +64,11 @@
   // A photo has one label: what another card says otherwise of the same photo is taken back.
   function decide(place, labels) {
     const changes = [[place, labels === decisions.get(place) ? undefined : labels]];
-    words(labels).forEach((label, photo) => {
-      for (const other of label === "=" ? [] : cardsOf.get(paths[place][photo])) {
-        const theirs = other === place ? "" : decisions.get(other);
-        const theirLabel = theirs && words(theirs)[paths[other].indexOf(paths[place][photo])];
-        if (theirLabel && theirLabel !== "=" && theirLabel !== label) changes.push([other, undefined]);
+    labels.split(" ").forEach((label, photo) => {
+      const path = paths[place][photo];
+      for (const other of label === "=" ? [] : cardsOf.get(path)) {
+        const theirs = other === place ? "=" : decisions.get(other)?.split(" ")[paths[other].indexOf(path)] ?? "=";
+        if (theirs !== "=" && theirs !== label) changes.push([other, undefined]);
       }
     });
     steps.push(replace(changes));
@@ -91,9 +90,9 @@
   function lines() {
     const labels = new Map();
     for (const [place, chosen] of decisions) {
-      words(chosen).forEach((label, photo) => label === "=" || labels.set(paths[place][photo], label));
+      chosen.split(" ").forEach((label, photo) => label === "=" || labels.set(paths[place][photo], label));
     }
-    return [...labels].map(([path, label]) => `${path} ${label}\n`);
+    return [...labels].map((line) => `${line.map(decodeURIComponent).join(" ")}\n`);
   }
 
   function save() {

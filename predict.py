@@ -47,7 +47,7 @@ from transfer.pages.next_page import save_next
 from transfer.pages.report import save_report
 from transfer.pile import read_pile
 from transfer.rows import Answer, print_rows, row_printer
-from transfer.sources import Source, join_sources, read_sources
+from transfer.sources import Source, correct_labels, join_sources, read_sources
 from transfer.stdin import PathRows, StdinPaths
 
 
@@ -230,7 +230,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_predict_args(argv)
     from_stdin, page_alone = args.images == ["-"], args.report and not args.label_next
     style = args.format or ("table" if page_alone else "text")
-    asking = {"--report": page_alone, "--labelled": args.labelled, "--format table": style == "table"}
+    asking = {"--report": page_alone, "--labelled": args.labelled, "--corrections": args.corrections}
+    asking["--format table"] = style == "table"
     needs_labels = next((flag for flag, asked in asking.items() if asked), None)
 
     # Everything that can be checked is, before the model is loaded.
@@ -239,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pile = read_pile(sources, read_sources(args.leave_out, args.root, False)) if args.label_next else None
     lists = [pile] if pile else [source.image_list for source in sources]
     images = [path for image_list in lists for path in image_list.each_path()] if args.report else []
-    reads = [*args.images, *args.leave_out, args.model, history_path(args.model), *images]
+    reads = [*args.images, *args.leave_out, *args.corrections, args.model, history_path(args.model), *images]
     check_request(args.report, needs_labels, sources, reads)
     classifier = load(args.model, args.device, args.workers, args.mirror, arch=args.arch)
     classes, batch_size = classifier.classes, args.batch_size or pass_batch(classifier.compute.device, classifier.size)
@@ -249,7 +250,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif from_stdin:
         answers = predict_stdin(classifier, batch_size)
     else:
-        image_list, has_label = join_sources(sources, classifier.metadata, args.model, needs_labels)
+        joined = join_sources(sources, classifier.metadata, args.model, needs_labels)
+        image_list, has_label = correct_labels(*joined, args.corrections, root=args.root, metadata=classifier.metadata)
         answers = predict_images(classifier, image_list, has_label, batch_size)
         progress = None if on_screen else Progress("predicted", len(image_list))
 
@@ -263,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         gap = "" if style == "table" else "\n"
         print(f"{gap}{classification_report(scores, classes)}", file=stream)
     if shown and pile:
-        save_next(args.report, shown, classes, pile=len(pile), model=args.model, sources=args.images)
+        save_next(args.report, shown, classifier.metadata, pile=len(pile), model=args.model, sources=args.images)
     elif shown:
         save_report(args.report, classifier.metadata, scores, shown, model=args.model, lists=args.images)
     if shown:

@@ -350,7 +350,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Everything that can be checked is, before the first expensive step.
     compute = pick_compute(args.device, args.precision, args.workers, args.finetune_epochs > 0, arch=args.arch)
-    data = load_data(args.train, args.test, args.root, args.classes, val_split=args.val_split, out=args.out)
+    paths = args.train, args.test, args.root, args.classes
+    data = load_data(*paths, val_split=args.val_split, out=args.out, corrections=args.corrections)
     size, reads = checkpoint_bytes(args.arch, len(data.classes)), data.inputs(args.weights)
     prepare_outputs(args.out, size, reads, cache=args.cache, audit=args.audit, lists=data.split_paths, roots=data.files)
     init_distributed()
@@ -387,9 +388,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if scored_once:
             print(f"test      {history.describe(evaluate(head_of(model).cpu(), test_loader))}, scored once")
         if args.audit:
-            logits, _ = collect_logits(head_of(model).cpu(), test_loader)
-            audit = audit_splits(splits, logits, hparams, compute)
-            print(f"audit     {save_audit(args.audit, audit, data.classes, args.out)}")
+            audit = audit_splits(splits, collect_logits(head_of(model).cpu(), test_loader)[0], hparams, compute)
+            print(f"audit     {save_audit(args.audit, audit, data.corrections, args.out, argv=args.argv)}")
         print_next(data, args.out, audited=args.audit is not None)
     end_distributed()
 

@@ -7,6 +7,7 @@
     python tests/benchmark.py architectures          # all of torchvision's: see benchmark_architectures.py
     python tests/benchmark.py speeds                 # the pass of seven of them
     python tests/benchmark.py real --data FOLDER     # on a real ImageNet backbone: see benchmark_real.py
+    python tests/benchmark.py corrections            # what the audit's and --label-next's buttons are worth
     python tests/benchmark.py label-next --data FOLDER    # which photos to label: see benchmark_labelling.py
 
 What is compared alternates within one run; medians are quoted. The plain loop runs --plain-epochs epochs and is
@@ -744,6 +745,12 @@ def compare_speeds(*names: str) -> None:
     benchmark_architectures.speeds(*names)
 
 
+def compare_corrections(*arguments: str) -> None:
+    import benchmark_corrections
+
+    benchmark_corrections.main(*arguments)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=ROWS, help="these rows alone")
@@ -770,7 +777,7 @@ def main() -> None:
 if __name__ == "__main__":
     inner = {"plain": plain_loop, "pass": pass_rates, "list": parse_list, "views": compare_views}
     inner |= {"labels": compare_labels, "nearest": find_nearest, "real": compare_real}
-    inner |= {"label-next": compare_labelling, "label-next-time": time_label_next}
+    inner |= {"corrections": compare_corrections, "label-next": compare_labelling, "label-next-time": time_label_next}
     inner |= {"architectures": check_architectures, "architecture": check_architecture, "speeds": compare_speeds}
     if sys.argv[1:2] and sys.argv[1] in inner:
         inner[sys.argv[1]](*sys.argv[2:])

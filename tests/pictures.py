@@ -5,6 +5,7 @@ python tests/pictures.py
 
 import base64
 import io
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,8 +34,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("food", "train.txt", "test.txt"):  # the commands as they are in README, but what is there stays
             Path(folder, name).symlink_to(ROOT / name)
+        for name in ("train.py", "predict.py"):  # which the pages name as they lie in this folder
+            shutil.copy(ROOT / name, folder)
+        shutil.copytree(ROOT / "transfer", Path(folder, "transfer"))
         for command in (["train.py", "--audit", "audit.html"], ["predict.py", "test.txt", "--report", "report.html"]):
-            subprocess.run([sys.executable, ROOT / command[0], *command[1:]], cwd=folder, check=True)
+            subprocess.run([sys.executable, *command], cwd=folder, check=True)
         with open_browser(Path(folder, "profile")) as browser:
             for name, size in SIZES.items():
                 picture = photograph(browser, Path(folder, f"{name}.html"), size)

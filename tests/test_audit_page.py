@@ -3,12 +3,16 @@
 import csv
 import html
 import io
+import os
 import re
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from browsing import HOSTILE, Page, ask, complaints, fetched, show
+from browsing import HOSTILE, Page, ask, call, complaints, fetched, show
+from conftest import COLOURS, go
 from PIL import Image
 
 import train
@@ -16,8 +20,10 @@ from transfer.audit.audit import Audit
 from transfer.audit.findings import KINDS, AuditSplit, Finding
 from transfer.audit.label_errors import score_labels
 from transfer.audit.learning_curve import Curve
+from transfer.corrections import ClassLabels, Corrections
 from transfer.lists import ImageList
 from transfer.pages.audit_page import TITLES, WORDS, save_audit
+from transfer.pages.choices import SCRIPT, Choices
 
 
 def case(folder, classes=4, findings=5, name="class", path="photo"):
@@ -51,9 +57,10 @@ def case(folder, classes=4, findings=5, name="class", path="photo"):
     return Audit(*splits, qualities, curve, found), [f"{name} {number}" for number in range(classes)]
 
 
-def written(tmp_path, audit, names, model="best.pth"):
+def written(tmp_path, audit, names, model="best.pth", earlier=()):
     """The page, the rows of the table beside it, and the line that says what was found."""
-    summary = save_audit(tmp_path / "audit.html", audit, names, tmp_path / model)
+    corrections = Corrections([Path(name) for name in earlier], ClassLabels(names, names, named=True))
+    summary = save_audit(tmp_path / "audit.html", audit, corrections, tmp_path / model, argv=["--train", "my photos"])
     table = (tmp_path / "audit.csv").read_bytes().decode(errors="surrogateescape")
     page = (tmp_path / "audit.html").read_text(encoding="utf-8")
     return page, list(csv.DictReader(io.StringIO(table, newline=""))), summary
@@ -66,9 +73,9 @@ def test_the_figures_are_those_of_the_table(tmp_path):
     copies = count["conflict"] + count["leak"] + count["duplicate"]
     assert figures == {"labels": count["label"], "copies": copies, "outliers": count["outlier"]} and copies == 21
     assert summary.endswith("audit.csv: 7 probably wrong labels, 21 copies, 7 strange photos")
-    assert page.count('<li class="card">') == 14 and page.count('<li class="card twin">') == 21
+    assert page.count('<li class="card"') == 14 and page.count('<li class="card twin"') == 21
     label = next(row for row in rows if row["kind"] == "label")
-    first = re.search(r'<li class="card">(.*?)</li>', page, re.S)[1]
+    first = re.search(r'<li class="card"[^>]*>(.*?)</li>', page, re.S)[1]
     assert f"not <b>{label['label']}</b>? perhaps <b>{label['suggestion']}</b>" in first
     assert f"<span>{float(label['score']):.0%}</span>" in first
     assert f"{label['list']}:{label['line']} " in first
@@ -81,10 +88,18 @@ def test_the_table_has_the_columns_that_are_promised(tmp_path):
     assert (leak["list"], leak["line"], leak["other"]) == ("test.txt", "1", "photo 1\udcff")
 
 
-def test_of_many_findings_the_most_certain_are_shown_and_the_rest_named(tmp_path):
+def test_all_findings_are_there_a_hundred_of_a_kind_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("transfer.pages.html.SHELF", 15)
     page, rows, _ = written(tmp_path, *case(tmp_path, classes=20, findings=40))
-    assert page.count("The 24 most certain of 40; all are in ") == 5 and len(rows) == 200
-    assert page.count('<li class="card') == 5 * 24
+    assert len(rows) == 200 == page.count('<li class="card')
+    assert page.count("<details><summary>16 to 30 of 40</summary>") == 5 == page.count("<summary>31 to 40 of 40<")
+
+
+def test_pictures_beyond_20_mb_are_left_out_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("transfer.pages.html.THUMBNAIL_BYTES", 2000)
+    page, _, _ = written(tmp_path, *case(tmp_path, findings=5))
+    cut = int(re.search("To keep this page small, ([0-9]+) pictures are left out.", page)[1])
+    assert page.count(">left out</div>") == cut and 30 <= cut < 40 and page.count('<li class="card') == 25
 
 
 def test_where_nothing_was_found_the_page_says_so(tmp_path):
@@ -152,8 +167,10 @@ def test_hostile_names_are_text_and_nothing_is_fetched(tmp_path):
     audit, names = case(tmp_path, name=HOSTILE, path=HOSTILE)
     page, rows, _ = written(tmp_path, audit, names)
     parsed = Page(page)
-    assert "<script" not in page and "<img src=x" not in page and "\x1b" not in page and "\u202e" not in page
-    assert not re.search(r"https?:|//|url\(|@import", re.sub(r"base64,[^\"]*", "", page).replace("\\", ""))
+    assert page.count("<script") == 1 and page.count(f"<script>{SCRIPT}</script>") == 1
+    assert "<img src=x" not in page and "\x1b" not in page and "\u202e" not in page
+    rest = re.sub(r"base64,[^\"]*", "", page.replace(SCRIPT, "")).replace("\\", "")
+    assert not re.search(r"https?:|//|url\(|@import", rest)
     pictures = [attrs for tag, attrs in parsed.tags if tag in ("svg", "img")]
     assert pictures and all(attrs.get("alt") or attrs.get("aria-label") for attrs in pictures)
     assert any(row["path"] == f"{HOSTILE} 1\udcff" for row in rows)  # in the table it is exact
@@ -182,3 +199,140 @@ def test_a_browser_shows_it_in_both_schemes_without_errors_requests_or_sideways_
     assert ask(browser, look) == 0
     assert complaints(browser) == []
     assert fetched(browser) == [(tmp_path / "audit.html").as_uri()]
+
+
+# Corrections
+
+
+def press(browser, *keys):
+    """Type keys in the page, whatever has the focus; and let it answer."""
+    actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+    call("POST", f"{browser}/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})
+
+
+def click(browser, selector):
+    ask(browser, f"document.querySelector('{selector}').scrollIntoView({{block: 'center'}})")  # not below the foot
+    element = call("POST", f"{browser}/element", {"using": "css selector", "value": selector})
+    call("POST", f"{browser}/element/{next(iter(element.values()))}/click", {})
+
+
+def downloads(browser, folder):
+    """Have the browser save downloads in a folder."""
+    params = {"behavior": "allow", "downloadPath": str(folder)}
+    call("POST", f"{browser}/goog/cdp/execute", {"cmd": "Browser.setDownloadBehavior", "params": params})
+
+
+def downloaded(path):
+    deadline = time.monotonic() + 10
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path.name} was saved"
+        time.sleep(0.05)
+    return path.read_bytes().decode().splitlines()[1:]  # below a comment
+
+
+STATE = """return [document.querySelector('[role=status]').textContent,
+    document.activeElement.closest('li')?.dataset.paths ?? document.activeElement.textContent,
+    [...document.querySelectorAll('[aria-pressed=true]')].map(each => each.textContent.slice(2))]"""
+NAMES = ['"><script>document.title="mine"</script>', "plum", "dragon fruit", "kiwi"]
+
+
+@pytest.fixture
+def colourful(few):
+    """An audit, made up, of three labels, a conflict and a duplicate among solid colours, and the names of classes."""
+    for row, (colour, name) in enumerate(zip(COLOURS, NAMES, strict=False)):
+        os.rename(colour, f"photos {row}")
+    audit, _ = case(few)
+    paths = [*(f"photos {n}/train_{k}.png".encode() for n in range(3) for k in range(2)), b"a\nb.png"]
+    image_list = ImageList("train.txt", paths, [0, 0, 1, 1, 2, 2, 3], range(1, 8))
+    split = AuditSplit(train.ImageDataset(image_list, [0], 0), torch.arange(7), torch.randn(7, 1, 8), image_list.labels)
+    found = [Finding("label", split, place, 0.9, suggestion) for place, suggestion in ((0, 1), (2, 0), (3, 2), (6, 0))]
+    found += [Finding("conflict", split, 4, 0.9, 0, (split, 1)), Finding("duplicate", split, 5, 0.9, None, (split, 4))]
+    return replace(audit, train=split, findings=found), NAMES
+
+
+def test_decisions_are_clicked_typed_undone_kept_and_saved_as_corrections(colourful, tiny, quick, tmp_path, browser):
+    written(tmp_path, *colourful, earlier=["corrections.txt"])
+    show(browser, tmp_path / "audit.html", 1280)
+    downloads(browser, tmp_path)
+    assert ask(browser, STATE)[0] == "0 decided, 5 to go" and ask(browser, "return document.title") != "mine"
+    click(browser, "li:nth-of-type(1) button")  # plum, as suggested
+    assert ask(browser, STATE)[::2] == ["1 decided, 4 to go", ["plum"]]
+    click(browser, "li:nth-of-type(2) button")  # whose name is hostile
+    press(browser, "2")  # keep, after all; and on to the next
+    assert ask(browser, STATE) == ["2 decided, 3 to go", "photos%201/train_1.png", ["plum", "keep"]]
+    press(browser, "\ue014", "\ue014", "\ue007")  # arrow right, twice, and Enter: leave out
+    assert ask(browser, STATE)[0] == "3 decided, 2 to go"
+    press(browser, "u")
+    assert ask(browser, STATE)[:2] == ["2 decided, 3 to go", "photos%201/train_1.png"]
+    press(browser, "4", "k")  # the list of all classes
+    press(browser, "\ue012")  # arrow left, out of it
+    assert ask(browser, STATE)[0] == "3 decided, 2 to go"
+    press(browser, "\ue015", "1")  # arrow down, to the conflict: both what the other is
+    assert ask(browser, STATE)[:2] == ["4 decided, 1 to go", "photos%202/train_1.png photos%202/train_0.png"]
+    press(browser, "2")  # a duplicate: leave out one
+    assert ask(browser, STATE)[:2] == ["5 decided, 0 to go", "Save corrections"]
+    asks = "const leave = new Event('beforeunload', {cancelable: true}); return !window.dispatchEvent(leave)"
+    assert ask(browser, asks)
+    press(browser, "\ue007")
+    lines = downloaded(tmp_path / "corrections2.txt")
+    hostile = NAMES[0]
+    assert lines == [
+        "photos 0/train_0.png plum",
+        "photos 1/train_1.png kiwi",
+        f"photos 2/train_0.png {hostile}",
+        f"photos 0/train_1.png {hostile}",
+        "photos 2/train_1.png -",
+    ]
+    assert not ask(browser, asks)
+    call("POST", f"{browser}/refresh", {})
+    assert ask(browser, STATE)[0] == "5 decided, 0 to go"
+    assert complaints(browser) == [] and set(fetched(browser)) <= {(tmp_path / "audit.html").as_uri()}
+    (tmp_path / "train.txt").write_text("".join(f"photos {n}/train_{k}.png {n}\n" for n in range(3) for k in range(2)))
+    (tmp_path / "test.txt").write_text("".join(f"photos {n}/test_0.png {n}\n" for n in range(2)))
+    Path("names").write_text("\n".join(NAMES[:3]))
+    (tmp_path / "corrections2.txt").write_text("\n".join(lines).replace("kiwi", "plum"))
+    out = go("--epochs", 1, "--classes", "names", "--corrections", "corrections2.txt")
+    assert "\ncorrections 2 labels, 1 left out, 2 as they were (corrections2.txt)\n" in out
+
+
+def test_a_browser_that_keeps_nothing_says_so(colourful, tmp_path, browser):
+    written(tmp_path, *colourful)
+    closed = "Object.defineProperty(window, 'localStorage', {get() { throw new Error('closed') }})"
+    body = {"cmd": "Page.addScriptToEvaluateOnNewDocument", "params": {"source": closed}}
+    script = call("POST", f"{browser}/goog/cdp/execute", body)
+    show(browser, tmp_path / "audit.html", 1280)
+    body = {"cmd": "Page.removeScriptToEvaluateOnNewDocument", "params": script}
+    call("POST", f"{browser}/goog/cdp/execute", body)
+    assert ask(browser, "return document.querySelector('.volatile').checkVisibility()")
+    click(browser, "li button")
+    assert ask(browser, STATE)[0] == "1 decided, 4 to go" and complaints(browser) == []
+
+
+def test_without_scripts_there_are_no_choices_and_names_that_no_list_can_hold_never_have_any(colourful, tmp_path):
+    page, _, _ = written(tmp_path, *colourful)
+    tags = [(tag, attrs) for tag, attrs in Page(page).tags if "choices" in attrs.get("class", "") or tag == "aside"]
+    assert len(tags) == 7 and all("hidden" in attrs for _, attrs in tags)
+    assert [tag for tag, _ in tags] == ["div", "div", "div", "p", "div", "div", "aside"]
+    assert "No choices: a list can’t hold this name (a line break in it)." in page
+    command = "train.py --train &#x27;my photos&#x27; --corrections corrections.txt</code>"
+    assert command in page and "Put corrections.txt into the folder that you run this in: " in page
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "words"),
+    [
+        ("label", None, ["plum", "keep", "leave out"]),
+        ("outlier", None, ["keep", "leave out"]),
+        ("conflict", 1, ["both plum", "both kiwi", "keep", "leave out both"]),
+        ("leak", 1, ["keep", "leave out of test", "leave out of training"]),
+        ("leak", 0, ["keep", "leave out"]),  # one path in both lists
+        ("duplicate", 1, ["keep", "leave out one"]),
+    ],
+)
+def test_each_kind_of_finding_has_its_choices(colourful, kind, other, words):
+    split = colourful[0].train
+    image_list = ImageList("train.txt", [b"a", b"b"], [1, 0], [1, 2])
+    split = replace(split, dataset=train.ImageDataset(image_list, [0], 0), labels=torch.tensor([1, 0]))
+    classes = ["plum", "kiwi"]
+    found = Finding(kind, split, 0, 0.9, 0 if kind == "label" else None, None if other is None else (split, other))
+    assert [name for name, _ in Choices(ClassLabels(classes, classes, True)).of_finding(found)] == words

@@ -183,7 +183,7 @@ def test_the_page_is_saved_beside_the_rows(pile):
     *rows, gap, last = out.splitlines()
     assert (len(rows), gap, last) == (3, "", "report saved in next.html")
     page = Path("next.html").read_text()
-    assert page.count('<li class="card">') == 3 and all(row.split()[0] in page for row in rows)
+    assert page.count('<li class="card"') == 3 and all(row.split()[0] in page for row in rows)
     out, err = answer("pile", "--label-next", 3, "--report", "pile/03.png", status=2)
     assert out == "" and err == "error: --report pile/03.png: is read by this run; name another file to write\n"
 
@@ -193,8 +193,8 @@ def test_the_page_is_saved_beside_the_rows(pile):
     [
         (["--except", "a.txt"], "--except needs --label-next N"),
         (["--format", "paths"], "--format paths needs --label-next N"),
-        (["--label-next", 4, "--format", "table"], "--label-next prints photos without labels: leave out --labelled "),
-        (["--label-next", 4, "--labelled"], "--label-next prints photos without labels: leave out --labelled "),
+        (["--label-next", 4, "--format", "table"], "--label-next prints photos without labels: leave out --labelled, "),
+        (["--label-next", 4, "--labelled"], "--label-next prints photos without labels: leave out --labelled, "),
         (["--label-next", 0], "argument --label-next: '0' is not a whole number from 1"),
     ],
     ids=str,

@@ -25,6 +25,8 @@ METADATA_TYPES = {
     "chosen_list": str,  # `path_digest` of it
     "trained_lists": list,  # `path_digest` of each list or folder that was trained on, or partly
     "folders": list,  # names of the class folders, where --classes gave the classes others
+    "label_names": bool,  # whether the lists' own labels were names
+    "corrections": dict,  # how many labels they changed, images they left out and added
     "epoch": int,
     "accuracy": float,
     "recall": float,  # macro, at the same epoch

@@ -67,13 +67,19 @@ def summarise(problems: Sequence[str], total: str, fix: str) -> list[str]:
     return [*problems[:SHOWN_PROBLEMS], f"{total}{cut}; {fix}"]
 
 
-def predict_command(test: Path, model: Path, root: Path) -> str:
+def script_command(name: str) -> list[str]:
+    """The words that start one of the scripts in this folder."""
+    path = Path(__file__).resolve().parent.parent / name
+    return ["python", str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)]
+
+
+def predict_command(test: Path, model: Path, root: Path, corrections: Sequence[Path]) -> str:
     """The command that shows what a model gets wrong, to be pasted into a shell in this folder."""
-    path = Path(__file__).resolve().parent.parent / "predict.py"
-    command = ["python", str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)]
+    command = script_command("predict.py")
     command += [str(test), *(["--labelled"] if test.is_dir() else []), "--report", "report.html"]
     command += ["--model", str(model)] if model != Path("best.pth") else []
     command += ["--root", str(root)] if root != Path() else []
+    command += [word for path in corrections for word in ("--corrections", str(path))]
     return shlex.join(command)
 
 

@@ -19,6 +19,7 @@ from transfer.classes import (
     renamed_classes,
 )
 from transfer.console import UserError, first_three, nearest_path, plural, printable, summarise, warn
+from transfer.corrections import ClassLabels, Corrections, read_corrections
 from transfer.crossval import group_split
 from transfer.depth import grey_bits_of
 from transfer.distributed import is_main_process
@@ -26,7 +27,7 @@ from transfer.features import Split, Splits
 from transfer.files import backup_path
 from transfer.folders import check_depth, read_folder, split_folder
 from transfer.formats import heic_command, is_heic
-from transfer.lists import ImageList, check_lists, read_list
+from transfer.lists import ImageList, check_lists, list_entry, read_list, why_unlistable
 from transfer.outputs import Output
 
 TEST_SHARE = 0.2  # of the images of each class, held out where no test list is named
@@ -41,7 +42,7 @@ class Data:
     to be held out, whose lists then go to split_paths with the checkpoint; test_path: the list or folder that
     predict.py scores, and root, where its paths begin; files: the lists that were read; chosen_on: what the epoch is
     chosen on, in words; notes: what else of the reading is to be known, for the header; grey_bits: of 16-bit greyscale,
-    from black to white.
+    from black to white; corrections: what --corrections named.
     """
 
     train: ImageList
@@ -58,6 +59,7 @@ class Data:
     chosen_on: str
     notes: list[str]
     grey_bits: int
+    corrections: Corrections
 
     def inputs(self, weights: str | None) -> Iterator[str | bytes | os.PathLike]:
         """Every file that the run reads; weights: what --weights names."""
@@ -74,6 +76,7 @@ def load_data(
     *,
     val_split: float | None,
     out: Path,
+    corrections: Sequence[Path] = (),
 ) -> Data:
     """The images that --train and --test name: lists, or folders of class folders. By default train.txt and test.txt.
 
@@ -85,27 +88,25 @@ def load_data(
     problems += check_depth(train_path, train) if train.is_folder else []
     classes = class_names(train, classes_path) if len(train) else []
     folders = own_names(train) if len(train) else []  # in the order that --classes gave them
-    if test_path is None:
-        test_path = find_test_list(train_path, train, root, quiet=bool(problems))
-    held_out = {}
-    for path in filter(None, (val_path, test_path)):
-        held_out[path], more = read_source(path, root)
-        problems += more + (match_labels(held_out[path], train, folders) if len(train) else [])
-    val, test = held_out.get(val_path), held_out.get(test_path)
-    check_lists(train, [*held_out.values()], problems)
+    test_path = test_path or find_test_list(train_path, train, root, quiet=bool(problems))
+    paths = [path for path in (val_path, test_path) if path]
+    held_out, more = read_held_out(paths, root, train, folders)
+    labels = ClassLabels(classes, folders, named=bool(train.classes))
+    corrected = read_corrections(corrections if len(train) else (), root, labels)
+    train, *held_out = corrected.apply_to_all(train, held_out)
+    check_lists(train, held_out, [*problems, *more, *corrected.problems])
     check_classes(train, train_path)
+    val, test = held_out[0] if val_path else None, held_out[-1] if test_path else None
     check_split(train, test, val_split)
-    check_heic(train, [*held_out.values()])
+    check_heic(train, held_out)
     grey_bits, depth = grey_bits_of(train)
-    notes += [*renamed_classes(folders, classes), *depth]
+    notes += [*renamed_classes(folders, classes), *depth, *([corrected.describe()] if corrections else [])]
     lists = [] if test else split_paths(out)
-    files = [path for path in (train_path, val_path, test_path, classes_path) if path]
+    files = [path for path in (train_path, *paths, classes_path, *corrections) if path]
     scored, root = (test_path, root) if test else (lists[1], Path())
     chosen_on = f"{val_split:.0%} of {train.name}" if val_split else printable(val_path or scored)
-    return Data(
-        *(train, val, test, classes, folders, train_path, val_path, lists, scored, root, files),
-        *(chosen_on, notes, grey_bits),
-    )
+    named = train_path, val_path, lists, scored, root, files, chosen_on, notes
+    return Data(train, val, test, classes, folders, *named, grey_bits, corrected)
 
 
 def find_parts(
@@ -136,6 +137,18 @@ def read_source(path: Path, root: Path) -> tuple[ImageList, list[str]]:
         fix = nearest_path(path) or "; name a list, or a folder of class folders"
         raise UserError(f"{printable(path)}: {missing}{fix}")
     return read_folder(path) if path.is_dir() else read_list(path, root)
+
+
+def read_held_out(
+    paths: Sequence[Path], root: Path, train: ImageList, folders: list[str]
+) -> tuple[list[ImageList], list[str]]:
+    """Lists and folders whose labels are those of the training images, and all problems. Raises UserError."""
+    held_out, problems = [], []
+    for path in paths:
+        image_list, found = read_source(path, root)
+        problems += found + (match_labels(image_list, train, folders) if len(train) else [])
+        held_out.append(image_list)
+    return held_out, problems
 
 
 def match_labels(test: ImageList, train: ImageList, folders: list[str]) -> list[str]:
@@ -233,19 +246,6 @@ def check_split(train: ImageList, test: ImageList | None, val_split: float | Non
             raise UserError(f"{train.where(row)}: a list can't hold this name ({reason}); rename it")
 
 
-def why_unlistable(path: bytes) -> str | None:
-    """Why no line of a list can name a path; None where one can."""
-    if b"\n" in path or b"\r" in path:
-        return "a line break in it"
-    if path != path.rstrip():
-        return "a space at its end"
-    try:
-        path.decode("utf-8")
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    return None
-
-
 def hold_out_test(split: Split, paths: list[Path], seed: int) -> tuple[Split, Split]:
     """Hold about a fifth of each class out to test, near-duplicates together, and say how many that are; paths: what
     the lists of both will be called.
@@ -290,6 +290,5 @@ def list_text(image_list: ImageList, origin: str) -> bytes:
     """A list as `read_list` reads it, below a comment."""
     lines = [b"# " + origin.encode(errors="surrogateescape")]
     for image, label in zip(image_list.each_path(), image_list.labels.tolist(), strict=True):
-        plain = image[:1] not in b"# \t" and not image.startswith(b"./")
-        lines.append(b"%s%s %d" % (b"" if plain else b"./", image, label))
+        lines.append(b"%s %d" % (list_entry(image), label))
     return b"\n".join(lines) + b"\n"

@@ -15,6 +15,7 @@ DEFAULT_ARCH = "resnet18"  # the recipe's
 STAGES = ("layer4", "layer3", "all")  # what --unfreeze may name
 DEFAULT_LR = 0.005  # of the head
 PRECISIONS = ("auto", "float32", "bfloat16")
+CORRECTIONS = "labels to change: path and class (or -) per line"
 IMAGE_SIZE = 224  # the recipe's
 SIZES = range(64, 1025, 2)  # that --size may name
 
@@ -23,7 +24,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but not that of a flag whose default is to be off."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        off = action.default is None or action.default is False
+        off = action.default is None or action.default is False or action.default == []
         return action.help if off else super()._get_help_string(action)
 
 
@@ -40,6 +41,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str] | None, path_flag: str | None = None) -> argparse.Namespace:
         """The arguments; path_flag: what a path that stands alone was probably meant for."""
         args, rest = self.parse_known_args(argv)
+        args.argv = sys.argv[1:] if argv is None else [*argv]
         for text in rest:
             if text.startswith("-"):
                 name = text.split("=")[0]
@@ -122,6 +124,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--test", type=Path, metavar="PATH", help="likewise (test.txt beside it, or held out)")
     add("--root", type=Path, default=".", metavar="DIR", help="where the paths in lists begin")
     add("--classes", type=Path, metavar="FILE", help="class names, one per line (folder names)")
+    add("--corrections", type=Path, action="append", default=[], metavar="FILE", help=CORRECTIONS)
     add("--val-split", type=open_unit_float, metavar="SHARE", help="choose the epoch on this share of --train")
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, default="best.pth", metavar="FILE", help="checkpoint, and a .csv beside it")
@@ -164,6 +167,7 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default="best.pth", metavar="FILE", help="what train.py saved")
     parser.add_argument("--arch", metavar="NAME", help="of a --model whose weights do not show it")
     parser.add_argument("--root", type=Path, default=".", metavar="DIR", help="where the paths in lists begin")
+    parser.add_argument("--corrections", type=Path, action="append", default=[], metavar="FILE", help=CORRECTIONS)
     add = parser.add_argument_group("a pile without labels").add_argument
     add("--label-next", type=int_at_least(1), metavar="N", help="name the N photos whose labels help most")
     what = "leave out a list's or folder's photos; repeatable"
@@ -183,8 +187,8 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.leave_out = args.leave_out or []
     if "-" in args.images and len(args.images) > 1:
         parser.error("- stands alone: other images can come on standard input too")
-    if args.label_next and (args.labelled or args.format == "table"):
-        parser.error("--label-next prints photos without labels: leave out --labelled and --format table")
+    if args.label_next and (args.labelled or args.corrections or args.format == "table"):
+        parser.error("--label-next prints photos without labels: leave out --labelled, --corrections, --format table")
     if not args.label_next and (args.leave_out or args.format == "paths"):
         parser.error(f"{'--except' if args.leave_out else '--format paths'} needs --label-next N")
     return args

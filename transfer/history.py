@@ -70,26 +70,25 @@ def run_metadata(flags: dict, data: Data, pretrained: Pretrained, splits: Splits
     norm = compute.normalize
     unusual = {"mean": norm.mean, "std": norm.std} if str(norm) != str(NORMALIZE) else {}
     chosen = data.train_path if flags["val_split"] else data.val_path or data.test_path
-    return (
-        renamed
-        | unusual
-        | {
-            "classes": data.classes,
-            "grey_bits": data.grey_bits,
-            "trained_lists": [path_digest(path) for path in (data.train_path, *data.split_paths[:1])],
-            "chosen_list": path_digest(chosen),
-            "arch": flags["arch"],
-            "size": flags["size"],
-            "backbone": pretrained.description,
-            "chosen_on": data.chosen_on,
-            "recipe": {flag: value for flag, value in flags.items() if isinstance(value, int | float | str)},
-            "device": compute.device.type,
-            "precision": compute.precision,
-            "date": time.strftime("%Y-%m-%d %H:%M"),
-            "train_images": len((splits.train if flags["finetune_epochs"] else splits.trainval).features.rows),
-            "test_images": len(splits.test.dataset),
-        }
-    )
+    metadata = {
+        "classes": data.classes,
+        "grey_bits": data.grey_bits,
+        "trained_lists": [path_digest(path) for path in (data.train_path, *data.split_paths[:1])],
+        "chosen_list": path_digest(chosen),
+        "label_names": data.corrections.labels.named,
+        "corrections": dict(data.corrections.counts),
+        "arch": flags["arch"],
+        "size": flags["size"],
+        "backbone": pretrained.description,
+        "chosen_on": data.chosen_on,
+        "recipe": {flag: value for flag, value in flags.items() if isinstance(value, int | float | str)},
+        "device": compute.device.type,
+        "precision": compute.precision,
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "train_images": len((splits.train if flags["finetune_epochs"] else splits.trainval).features.rows),
+        "test_images": len(splits.test.dataset),
+    }
+    return renamed | unusual | metadata
 
 
 def print_result(history: "History", data: Data, pretrained: Pretrained, start_time: float) -> None:
@@ -104,7 +103,7 @@ def print_result(history: "History", data: Data, pretrained: Pretrained, start_t
 
 def print_next(data: Data, checkpoint: Path, audited: bool) -> None:
     """What to run next: the command that shows what the model gets wrong."""
-    print(f"next      {predict_command(data.test_path, checkpoint, data.root)}")
+    print(f"next      {predict_command(data.test_path, checkpoint, data.root, data.corrections.files)}")
     if not audited:
         print("          or again with --audit audit.html: wrong labels, copies, strange photos")
 

@@ -31,8 +31,9 @@ class ImageList:
     """A parsed list of n images. Tensors rather than objects, so that workers share one copy.
 
     text: all paths as bytes, joined by newlines; ends: (n,) where each ends in it;
-    labels: (n,) from 0; lines: (n,) line numbers in the list file `name`; classes: the names of labels, where these
-    come from names; is_folder: of class folders, which has no lines; labelled: False where a list holds paths alone.
+    labels: (n,) from 0; lines: (n,) line numbers in the list file `name`, 0 of what is in none;
+    classes: the names of labels, where these come from names; is_folder: of class folders, which has no lines;
+    labelled: False where a list holds paths alone.
     """
 
     def __init__(self, name: str, paths: Sequence[bytes], labels: Sequence[int], lines: Sequence[int]):
@@ -66,6 +67,12 @@ class ImageList:
         chosen = [paths[row] for row in rows.tolist()]
         return ImageList(self.name, chosen, self.labels[rows].tolist(), self.lines[rows].tolist())
 
+    def replaced(self, paths: Sequence[bytes], labels: Sequence[int], lines: Sequence[int]) -> "ImageList":
+        """Other images under the same name, of the same kind."""
+        other = ImageList(self.name, paths, labels, lines)
+        other.classes, other.is_folder, other.labelled = self.classes, self.is_folder, self.labelled
+        return other
+
     def labelled_by(self, labels: Labels) -> "ImageList":
         """This list, its labels in the order of their names where they are names."""
         self.labelled = labels.kind != "none"
@@ -74,8 +81,12 @@ class ImageList:
             set_classes(self, sort_names(labels.places))
         return self
 
+    def line(self, index: int) -> int | None:
+        """An image's line in the list; None of a folder, which has none, and of what corrections add."""
+        return None if self.is_folder else int(self.lines[index]) or None
+
     def where(self, index: int) -> str:
-        place = "" if self.is_folder else f"{self.name}:{self.lines[index]}: "  # a folder has no lines
+        place = f"{self.name}:{line}: " if (line := self.line(index)) else ""
         return f"{place}{printable(self.path(index))}"
 
 
@@ -185,6 +196,24 @@ def read_list(list_path: Path, root: Path, check_files: bool = True) -> tuple[Im
     if repeats:
         warn(f"{name}: {plural(repeats, 'repeated line')} dropped")
     return ImageList(name, paths, labels.values, lines).labelled_by(labels), problems
+
+
+def why_unlistable(path: bytes) -> str | None:
+    """Why no line of a list can name a path; None where one can."""
+    if b"\n" in path or b"\r" in path:
+        return "a line break in it"
+    if path != path.rstrip():
+        return "a space at its end"
+    try:
+        path.decode("utf-8")
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    return None
+
+
+def list_entry(path: bytes) -> bytes:
+    """A path as a line of a list names it."""
+    return b"./" + path if path[:1].isspace() or path.startswith((b"#", b"./")) else path
 
 
 def set_classes(image_list: ImageList, names: Sequence[str]) -> None:

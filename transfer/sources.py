@@ -14,6 +14,7 @@ from torch import Tensor
 
 from transfer.classes import remap_labels
 from transfer.console import UserError, nearest_path, printable, warn
+from transfer.corrections import ClassLabels, read_corrections
 from transfer.files import open_regular, path_digest
 from transfer.folders import images_below, read_folder
 from transfer.formats import SUFFIXES
@@ -123,6 +124,22 @@ def label_source(source: Source, metadata: dict, model: Path, flag: str | None) 
         both = f"label {image_list.labels[row]}, but {printable(model)} knows {len(classes)} classes, from 0"
         raise UserError(f"{image_list.where(row)}: {both}; use the lists it was trained with")
     return source.labelled is not False
+
+
+def correct_labels(
+    image_list: ImageList, has_label: Tensor, files: Sequence[Path], *, root: Path, metadata: dict
+) -> tuple[ImageList, Tensor]:
+    """Images and which of them have labels, as corrected; lines about other images count for nothing here. Says what
+    that changed. Raises UserError.
+    """
+    if not files:
+        return image_list, has_label
+    corrections = read_corrections(files, root, ClassLabels.of_model(metadata))
+    if corrections.problems:
+        raise ListsError(corrections.problems)
+    image_list, rows, _ = corrections.apply(image_list)
+    print(corrections.describe(), file=sys.stderr)
+    return image_list, has_label[[*rows]]
 
 
 def join_sources(sources: Sequence[Source], metadata: dict, model: Path, flag: str | None) -> tuple[ImageList, Tensor]:

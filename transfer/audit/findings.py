@@ -46,8 +46,8 @@ class AuditSplit:
         return self.image_list.path(int(self.rows[place]))
 
     def line(self, place: int) -> int | None:
-        """None of a folder, which has no lines."""
-        return None if self.image_list.is_folder else int(self.image_list.lines[self.rows[place]])
+        """None where it has none, as in a folder."""
+        return self.image_list.line(int(self.rows[place]))
 
 
 @dataclass(frozen=True)

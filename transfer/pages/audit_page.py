@@ -10,9 +10,11 @@ from transfer.audit.findings import AuditSplit, Finding, save_findings
 from transfer.audit.label_errors import LabelQuality
 from transfer.audit.learning_curve import FEW_POINTS, Curve
 from transfer.console import plural, printable
+from transfer.corrections import Corrections
 from transfer.files import save_atomically
 from transfer.metrics import NONE
 from transfer.outputs import table_path
+from transfer.pages.choices import SCRIPT, Choices
 from transfer.pages.html import (
     BOTTOM,
     HEIGHT,
@@ -20,17 +22,17 @@ from transfer.pages.html import (
     RIGHT,
     TOP,
     WIDTH,
+    Thumbnails,
     axes,
     class_table,
     escape,
     page,
+    shelves,
     svg,
     svg_line,
     svg_text,
-    thumbnail,
 )
 
-SHOWN = 24  # findings of a kind
 TITLES = {
     "label": "Labels that are probably wrong",
     "conflict": "One photo, two labels",
@@ -39,8 +41,8 @@ TITLES = {
     "outlier": "Strange photos",
 }
 WORDS = {
-    "label": "Look at each photo. If the label is wrong, move the photo to the right folder or correct its line in the "
-    "list, then train again; if it is right, leave it.",
+    "label": "Look at each photo. If the label is right, keep it. If it is wrong, choose the right class, or move the "
+    "photo to the right folder, or correct its line in the list; then train again.",
     "conflict": "The same photo, perhaps resized, recompressed, cropped or mirrored, with two labels. One of them is "
     "wrong: delete that photo, or correct its label. Where one is probably right, the card says which.",
     "leak": "The same photo in both lists makes the test accuracy look better than it is: remove it from one of them.",
@@ -62,10 +64,11 @@ def place_of(split: AuditSplit, place: int) -> str:
     return f'<p class="path">{where}<span class="copy">{escape(split.path(place))}</span></p>'
 
 
-def finding_card(finding: Finding, classes: Sequence[str]) -> str:
-    """A finding with its photo, or with both, its label, and what it might be instead."""
-    label = escape(classes[finding.label])
-    picture = thumbnail(finding.path, f"labelled {label}")
+def finding_card(finding: Finding, choices: Choices, thumbnails: Thumbnails) -> str:
+    """A finding with its photo, or with both, its label, and what it might be instead; and what to make of it."""
+    classes = choices.labels.classes
+    label, paths = escape(classes[finding.label]), [finding.path]
+    picture = thumbnails.draw(finding.path, f"labelled {label}")
     caption = f"labelled <b>{label}</b>"
     where, guess = place_of(finding.split, finding.place), ""
     if finding.other:
@@ -74,14 +77,17 @@ def finding_card(finding: Finding, classes: Sequence[str]) -> str:
         caption = f"both {caption}" if other == label else f"{caption} and <b>{other}</b>"
         if finding.suggestion is not None:
             caption += f"; probably <b>{other}</b>"
-        picture = f'<div class="twins">{picture}{thumbnail(finding.other_path, f"labelled {other}")}</div>'
+        picture = f'<div class="twins">{picture}{thumbnails.draw(finding.other_path, f"labelled {other}")}</div>'
         where += place_of(split, place)
+        paths.append(finding.other_path)
     elif finding.suggestion is not None:
         caption = f"not <b>{label}</b>? perhaps <b>{escape(classes[finding.suggestion])}</b>"
         guess = f'<div class="guess wrong"><span>probably wrong</span><span>{finding.score:.0%}</span>'
         guess += f'<i style="--share:{finding.score:.1%}"></i></div>'
     kind = "card twin" if finding.other else "card"
-    return f'<li class="{kind}">{picture}<div><p class="true">{caption}</p>{guess}</div>{where}</li>'
+    buttons = choices.buttons(paths, choices.of_finding(finding), f"{escape(finding.path)}, labelled {label}")
+    text = f'<div><p class="true">{caption}</p>{guess}</div>{where}{buttons}'
+    return f'<li class="{kind}"{choices.attributes(paths)}>{picture}{text}</li>'
 
 
 def label_words(quality: LabelQuality, name: str, images: int) -> str:
@@ -112,13 +118,10 @@ def nothing_found(audit: Audit) -> str:
     return f"<p>None found: {words}.</p>{judged_words(audit) if 'label' in kinds else ''}"
 
 
-def findings_section(audit: Audit, kind: str, classes: Sequence[str], table: str) -> str:
-    """What was found of a kind, some at least, and what to do about it."""
-    found = audit.of_kind(kind)
-    parts = [f"<p>{WORDS[kind]}</p>", judged_words(audit) if kind == "label" else ""]
-    if len(found) > SHOWN:
-        parts.append(f"<p>The {SHOWN} most certain of {len(found):,}; all are in {escape(table)}.</p>")
-    return f'{"".join(parts)}<ul class="cards">{"".join(finding_card(each, classes) for each in found[:SHOWN])}</ul>'
+def findings_section(audit: Audit, kind: str, choices: Choices, thumbnails: Thumbnails) -> str:
+    """What was found of a kind, some at least, and what to do about it: the most certain open, the others folded."""
+    cards = [finding_card(finding, choices, thumbnails) for finding in audit.of_kind(kind)]
+    return f"<p>{WORDS[kind]}</p>{judged_words(audit) if kind == 'label' else ''}{shelves(cards)}"
 
 
 # Classes
@@ -241,32 +244,35 @@ def headline(audit: Audit, counts: dict[str, int]) -> str:
     return "".join(parts)
 
 
-def save_audit(path: Path, audit: Audit, classes: Sequence[str], model: Path) -> str:
+def save_audit(path: Path, audit: Audit, corrections: Corrections, model: Path, *, argv: Sequence[str]) -> str:
     """Draw the audit of both lists, and write its findings beside it. Returns what was found, in words.
 
+    corrections: those that the lists have already; argv: the arguments of the run, which is to be repeated with more.
     Raises UserError (status 1).
     """
+    choices, classes = Choices.after(argv, corrections.labels, corrections.files), corrections.labels.classes
     lists = " and ".join(escape(split.image_list.name) for split in (audit.train, audit.test))
     counts = {kind: len(audit.of_kind(kind)) for kind in TITLES}
     copies = counts["conflict"] + counts["leak"] + counts["duplicate"]
-    stats = headline(audit, counts)
-    table = table_path(path, model)
-    header = (
-        f'<p class="eyebrow">Photo audit</p><h1>{lists}</h1><p class="lede">{len(audit.train.rows):,} training and '
-        f"{len(audit.test.rows):,} test images of {len(classes):,} classes, checked with {escape(model)}’s network. "
-        f'All findings, one row each: {escape(table)}.</p><div class="stats even">{stats}</div>'
-    )
+    table, thumbnails = table_path(path, model), Thumbnails()
     sections = [
-        (f'<span id="{kind}">{TITLES[kind]}</span>', findings_section(audit, kind, classes, str(table)), "")
+        (f'<span id="{kind}">{TITLES[kind]}</span>', findings_section(audit, kind, choices, thumbnails), "")
         for kind in TITLES
         if counts[kind]
     ]
+    cards = "".join(body for _, body, _ in sections)
     sections += [("Nothing found", none, "")] if (none := nothing_found(audit)) else []
     sections.append(("Would more photos help?", curve_section(audit.curve, classes, model), "whole"))
     sections.append(("Classes", balance_table(audit, classes), "whole"))
-    found = plural(sum(counts.values()), "finding")
+    header = (
+        f'<p class="eyebrow">Photo audit</p><h1>{lists}</h1><p class="lede">{len(audit.train.rows):,} training and '
+        f"{len(audit.test.rows):,} test images of {len(classes):,} classes, checked with {escape(model)}’s network. "
+        f"All findings, one row each: {escape(table)}.{thumbnails.describe_cut()}</p>"
+        f'<div class="stats even">{headline(audit, counts)}</div>'
+    )
+    title = f"Audit of {lists}: {plural(sum(counts.values()), 'finding')}"
     save_findings(table, audit.findings, classes)
-    save_atomically(path, page(f"Audit of {lists}: {found}", header, sections).encode())
+    save_atomically(path, page(title, header, sections, foot=choices.dock(cards), script=SCRIPT).encode())
     words = (
         plural(counts["label"], "probably wrong label")
         + (f" (not judged: {skipped})" if (skipped := audit.not_judged()) else ""),

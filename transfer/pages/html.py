@@ -1,9 +1,11 @@
 """Pages: one HTML file each, its text made safe, its charts and thumbnails inline.
 
-There is no script, so that a page opens by a double click, asks nothing of any network, and prints.
+A page opens by a double click, asks nothing of any network, and prints. It has no script, or one, inline and allowed by
+its hash alone, without which all is there to read.
 """
 
 import base64
+import hashlib
 import html
 import io
 import math
@@ -15,6 +17,8 @@ from transfer.console import printable
 from transfer.images import ImageError, read_image
 
 THUMBNAIL = 112  # pixels of the longer side
+THUMBNAIL_BYTES = 20_000_000  # of a page's photos
+SHELF = 100  # cards that are open at once
 WIDTH, HEIGHT = 420, 270  # of a chart, in its own units; the page scales it
 LEFT, TOP, RIGHT, BOTTOM = 44, 38, 400, 230  # of a chart's plot
 NAME_WIDTH = 22  # letters of a class name beside a drawing
@@ -125,17 +129,52 @@ def thumbnail(path: bytes, alt: str) -> str:
     return f'<div class="image"><img src="data:image/jpeg;base64,{source}" {size} alt="{alt}"></div>'
 
 
+class Thumbnails:
+    """The photos of a page in small, as long as they take no more than 20 MB together; cut: how many were left out."""
+
+    def __init__(self):
+        self.size, self.cut = 0, 0
+
+    def draw(self, path: bytes, alt: str) -> str:
+        """As `thumbnail`; or a grey square in its place."""
+        if self.size > THUMBNAIL_BYTES:
+            self.cut += 1
+            return f'<div class="image" role="img" aria-label="{alt}">left out</div>'
+        drawn = thumbnail(path, alt)
+        self.size += len(drawn)
+        return drawn
+
+    def describe_cut(self) -> str:
+        """What is not there, as a sentence; nothing where all are."""
+        words = "picture is" if self.cut == 1 else "pictures are"
+        return f" To keep this page small, {self.cut:,} {words} left out." if self.cut else ""
+
+
+def shelves(cards: Sequence[str]) -> str:
+    """Cards a hundred at a time: the first open, the others folded, to open with or without scripts."""
+    parts = []
+    for first in range(0, len(cards), SHELF):
+        shelf = cards[first : first + SHELF]
+        shown = f'<ul class="cards">{"".join(shelf)}</ul>'
+        words = f"{first + 1:,} to {first + len(shelf):,} of {len(cards):,}"
+        parts.append(f"<details><summary>{words}</summary>{shown}</details>" if first else shown)
+    return "".join(parts)
+
+
 # The page
 
 
-def page(title: str, header: str, sections: Sequence[tuple[str, str, str]]) -> str:
-    """The document; sections: (name, body, kind)."""
+def page(title: str, header: str, sections: Sequence[tuple[str, str, str]], *, foot: str = "", script: str = "") -> str:
+    """The document; sections: (name, body, kind); foot: what comes after them, with the script that runs it."""
     body = "".join(f'<section class="{kind}"><h2>{name}</h2>{content}</section>' for name, content, kind in sections)
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    if foot:
+        policy += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        foot += f"<script>{script}</script>"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<header>{header}</header>\n"
-        f"<main>{body}</main>\n</body>\n</html>\n"
+        f"<main>{body}</main>\n{foot}\n</body>\n</html>\n"
     )

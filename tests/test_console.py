@@ -35,9 +35,9 @@ def test_odd_names_work_and_are_printed_escaped(trained, name):
         pytest.skip("the file system has no such names")
     os.mkdir("folder")
     os.link(name, f"folder/{name}")
-    status, out, err = run_main(predict.main, name, "folder", f"no {name}", "--workers", 0)
+    status, out, err = run_main(predict.main, name, "folder", f"gone/{name}", "--workers", 0)
     assert [line.rsplit("  ", 1)[0] for line in out.splitlines()] == [ODD_NAMES[name], f"folder/{ODD_NAMES[name]}"]
-    assert (status, err) == (1, f"error: no {ODD_NAMES[name]}: {os.strerror(errno.ENOENT).lower()}\n")
+    assert (status, err) == (1, f"error: gone/{ODD_NAMES[name]}: {os.strerror(errno.ENOENT).lower()}\n")
     if "\n" not in name and "latin" not in name:  # neither can stand in a UTF-8 list
         os.remove(name)
         Path(name).write_bytes(b"text")

@@ -55,7 +55,7 @@ def first_three(items: Sequence) -> str:
 def nearest_path(path: Path) -> str:
     """The end of an error about a path that is not there: the most similar name beside it, if there is one."""
     try:
-        near = difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
+        near = [] if os.path.lexists(path) else difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
     except OSError:
         near = []
     return f"; did you mean {shlex.quote(printable(path.parent / near[0]))}?" if near else ""

@@ -238,7 +238,7 @@ def check_lists(train: ImageList, held_out: Sequence[ImageList], problems: Seque
         raise ListsError(problems)
     gaps = torch.nonzero(known == 0).flatten().tolist()
     if gaps == [*range(len(gaps))] != []:
-        none = f"no image has label {first_three(gaps)}, which does no harm"
+        none = f"no image has label {first_three(gaps)}"
         warn(f"{train.name}: labels start at {len(gaps)}, not at 0: {none}")
     elif gaps:
         warn(f"{train.name}: no image has label {first_three(gaps)}: its class can never be learned")

@@ -334,7 +334,7 @@ SHOT = Image.effect_noise((64, 64), 60)
 # A JPEG has no checksum, and its decoder goes on after damaged picture data as in every tool: what can be found is
 # a file that ends too early, or whose headers are broken.
 UNUSABLE = {
-    "empty": (b"", "not an image"),
+    "empty": (b"", "an empty file"),
     "text": (b"a cat, asleep\n", "not an image"),
     "HTML": (b"<!doctype html><title>404</title>", "not an image"),
     "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "not an image"),

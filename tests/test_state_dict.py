@@ -102,6 +102,17 @@ def test_both_scripts_take_a_foreign_file_as_it_is(tmp_path, monkeypatch):
     torch.save({"state_dict": dict(tiny("shufflenet_v2_x0_5", 2))}, "foreign.pth")
     status, out, err = run_main(predict.main, "photos/red/0.png", "--model", "foreign.pth", "--workers", 0)
     assert (status, err) == (0, "") and re.search(r"0\.png  [01] 50\.0%, [01] 50\.0%", out)
-    flags = ["--train", "photos", "--weights", "foreign.pth", "--arch", "shufflenet_v2_x0_5", "--size", 64]
+    flags = [
+        "--train",
+        "photos",
+        "--test",
+        "photos",
+        "--weights",
+        "foreign.pth",
+        "--arch",
+        "shufflenet_v2_x0_5",
+        "--size",
+        64,
+    ]
     assert run_main(train.main, *flags, "--epochs", 1, "--views", 1, "--workers", 0)[0] == 0
     assert load_checkpoint(Path("best.pth"))[1]["arch"] == "shufflenet_v2_x0_5"

@@ -54,7 +54,7 @@ def test_a_loader_to_train_on_gives_each_image_in_each_view_of_the_epoch_in_a_ne
 
 def test_hyperparameters_are_those_of_the_flags_and_the_view_seed_is_the_seed_where_it_is_not_named():
     flags = vars(parse_train_args(["--seed", "3", "--lr", "0.1", "--val-split", "0.2", "--balance"]))
-    changed = {"seed": 3, "view_seed": 3, "lr": 0.1, "val_split": 0.2, "balance": True}
+    changed = {"seed": 3, "view_seed": 3, "lr": 0.1, "val_split": 0.2, "balance": True, "size": None}
     assert asdict(Hyperparameters.from_flags(flags)) == asdict(HPARAMS) | changed
     assert Hyperparameters.from_flags(flags | {"view_seed": 5}).view_seed == 5
     assert flags["view_seed"] is None

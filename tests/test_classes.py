@@ -105,7 +105,10 @@ def test_labels_from_1_are_told_and_the_names_of_the_others_stay(photos, capsys)
     Path("list.txt").write_text("".join(f"photos/{c}/{n}.png {i}\n" for i, c in enumerate(COLOURS, 1) for n in (5, 6)))
     data = load("list.txt")
     assert data.classes == ["0", *COLOURS]
-    assert capsys.readouterr().err == "warning: list.txt: labels start at 1, not at 0: no image has label 0\n"
+    assert (
+        capsys.readouterr().err
+        == "warning: list.txt: labels start at 1, not at 0: no image has label 0, which does no harm\n"
+    )
     with pytest.raises(UserError, match="3 names for 4 classes, labels 1 to 3 and 0 for what has no image; write one"):
         load("list.txt", None, name_file(*COLOURS))
 

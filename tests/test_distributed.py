@@ -190,12 +190,12 @@ def test_three_ranks_fine_tune_and_evaluate_four_test_images_of_which_one_rank_h
 
 
 def test_each_rank_prints_its_own_error_with_its_number_and_host(few):
-    other = "['--test', 'none.txt'] if os.environ['RANK'] == '1' else []"
+    other = "['--test', 'gone.lst'] if os.environ['RANK'] == '1' else []"
     Path("other.py").write_text(f"import os, sys, train\ntrain.main([*sys.argv[1:], *({other})])")
     done = torchrun("other.py", "--weights", "none", "--workers", 0, "--epochs", 1)
     assert done.returncode == 1
     reason = os.strerror(errno.ENOENT).lower()
-    line = f"error: rank 1 on {socket.gethostname()}: none.txt: {reason}; name a list, or a folder of class folders"
+    line = f"error: rank 1 on {socket.gethostname()}: gone.lst: {reason}; name a list, or a folder of class folders"
     assert line in done.stderr.splitlines() and not Path("best.pth").exists()
 
 

@@ -45,7 +45,7 @@ def test_each_result_stands_under_its_own_images_name(small_run, tmp_path):
         small_run / "blue/test_0.png",
         tmp_path / "broken.png",
         small_run / "red/test_0.png",
-        tmp_path / "none.png",
+        tmp_path / "gone.jpeg",
     ]
     one = run_forked("predict.py", *images, "--top-k", 1, cwd=small_run)
     assert one.returncode == 1 and "Traceback" not in one.stderr
@@ -333,7 +333,7 @@ def test_rows_come_in_input_order_whatever_the_batch_size_and_workers(model, qui
     for batch_size, workers in ((1, 0), (3, 0), (64, 0), (3, 2)):
         options = ("--batch-size", batch_size, "--format", "json", "--device", "cpu", "--workers", workers)
         status, out, err = run_main(predict.main, *images, *options)
-        assert (status, err) == (1, "")
+        assert (status, err) == (1, "warning: 16.png: no such file; did you mean 6.png?\n")
         rows = [json.loads(line) for line in out.splitlines()]
         assert [row["path"] for row in rows] == images
         assert [row["path"] for row in rows if row["error"]] == ["7.png", "16.png"]

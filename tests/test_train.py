@@ -197,9 +197,10 @@ def test_the_main_job_reaches_its_accuracy_and_prints_what_it_did(sample_run):
     done, out = sample_run
     lines = done.stdout.splitlines()
     assert lines[0].startswith("device    ") and "475 training and 300 test images of 20 classes" in lines[2]
+    start = next(number for number, line in enumerate(lines, 1) if line.startswith("epoch "))
     epochs = [
         re.fullmatch(r" *(\d+) +([\d.]+) +([\d.]+)% +([\d.]+) +([\d.]+)% +0\.\d{6}(  best)?", line)
-        for line in lines[5:25]
+        for line in lines[start : start + 20]
     ]
     assert [int(match[1]) for match in epochs] == list(range(1, 21))
     best = max(float(match[5]) for match in epochs)
@@ -207,10 +208,10 @@ def test_the_main_job_reaches_its_accuracy_and_prints_what_it_did(sample_run):
     assert best >= 57
     of_best = [match for match in epochs if float(match[5]) == best]
     chosen = int(min(of_best, key=lambda match: float(match[4]))[1])
-    assert lines[3] == "best      epoch chosen on test.txt"
-    assert re.fullmatch(rf"saved     {out} and {out.with_suffix('.csv')} in [\d.]+ s", lines[25])
-    assert lines[26] == f"best      test accuracy {best:.2f}%, epoch {chosen} (test.txt)"
-    assert lines[27] == f"next      python predict.py test.txt --report report.html --model {out}"
+    assert lines[start - 2] == "best      epoch chosen on test.txt"
+    assert re.fullmatch(rf"saved     {out} and {out.with_suffix('.csv')} in [\d.]+ s", lines[start + 20])
+    assert lines[start + 21] == f"best      test accuracy {best:.2f}%, epoch {chosen} (test.txt)"
+    assert lines[start + 22] == f"next      python predict.py test.txt --report report.html --model {out}"
     rows = read_csv(out.with_suffix(".csv"))
     assert [round(100 * float(row["test_accuracy"]), 2) for row in rows] == [float(match[5]) for match in epochs]
     assert [row["best"] == "1" for row in rows] == [bool(match[6]) for match in epochs]

@@ -54,6 +54,8 @@ def first_three(items: Sequence) -> str:
 
 def nearest_path(path: Path) -> str:
     """The end of an error about a path that is not there: the most similar name beside it, if there is one."""
+    if os.path.lexists(path):
+        return ""
     try:
         near = [] if os.path.lexists(path) else difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
     except OSError:

@@ -57,7 +57,7 @@ def nearest_path(path: Path) -> str:
     if os.path.lexists(path):
         return ""
     try:
-        near = [] if os.path.lexists(path) else difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
+        near = difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
     except OSError:
         near = []
     return f"; did you mean {shlex.quote(printable(path.parent / near[0]))}?" if near else ""

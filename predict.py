@@ -11,8 +11,8 @@ and can draw a report; with a report the lines are left out unless --format asks
 With --label-next it prints those photos alone whose labels would help the model most.
 """
 
-from transfer.flags import parse_predict_args
-from transfer.signals import guard_imports
+from transfer.system.flags import parse_predict_args
+from transfer.system.signals import guard_imports
 
 if __name__ == "__main__":  # before torch's import, which takes seconds: Ctrl-C, --help and typing errors
     guard_imports()
@@ -35,20 +35,20 @@ from transfer.architectures import check_arch, head_of, preprocessing
 from transfer.audit.copies import thumbnails
 from transfer.backbone import backbone_of, embed, embed_batches, embed_dataset, inference_copy, pass_batch, unbatch
 from transfer.checkpoint import load_checkpoint
-from transfer.console import Progress, UserError, one_line_errors, printable
 from transfer.device import Compute, pick_compute
-from transfer.files import history_path
-from transfer.images import GREY_BITS, ImageError, as_rgb, read_image, upright
+from transfer.inputs.images import GREY_BITS, ImageError, as_rgb, read_image, upright
+from transfer.inputs.lists import ImageList
+from transfer.inputs.pile import read_pile
+from transfer.inputs.sources import Source, correct_labels, join_sources, read_sources
+from transfer.inputs.stdin import PathRows, StdinPaths
 from transfer.labelling import propose
-from transfer.lists import ImageList
 from transfer.metrics import classification_report, likeliest
-from transfer.outputs import check_outputs, page_outputs
 from transfer.pages.next_page import save_next
 from transfer.pages.report import save_report
-from transfer.pile import read_pile
 from transfer.rows import Answer, print_rows, row_printer
-from transfer.sources import Source, correct_labels, join_sources, read_sources
-from transfer.stdin import PathRows, StdinPaths
+from transfer.system.console import Progress, UserError, one_line_errors, printable
+from transfer.system.files import history_path
+from transfer.system.outputs import check_outputs, page_outputs
 
 
 @dataclass(frozen=True)

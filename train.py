@@ -13,8 +13,8 @@ then trains the head on those, in milliseconds. `predict.py` uses the result.
 This file is the recipe; what it stands on is in transfer/, one subject a file.
 """
 
-from transfer.flags import IMAGE_SIZE, parse_train_args
-from transfer.signals import guard_imports
+from transfer.system.flags import IMAGE_SIZE, parse_train_args
+from transfer.system.signals import guard_imports
 
 if __name__ == "__main__":  # before torch's import, which takes seconds: Ctrl-C, --help and typing errors
     guard_imports()
@@ -44,7 +44,6 @@ from transfer.audit.audit import audit_splits
 from transfer.backbone import backbone_of, inference_copy
 from transfer.calibration import MAX_IMAGES, calibrate, collect_logits
 from transfer.checkpoint import Checkpointer
-from transfer.console import one_line_errors, plural
 from transfer.crossval import cross_val_logits, group_split
 from transfer.data import Data, hold_out_test, load_data, split_lists
 from transfer.device import Compute, pick_compute
@@ -52,13 +51,14 @@ from transfer.distributed import broadcast, end_distributed, gather, init_distri
 from transfer.features import Split, Splits, extract_features, warn_on_flat_images, warn_on_leakage
 from transfer.finetune import prepare_finetuning, unwrap
 from transfer.history import History, print_header, print_next, print_result, run_metadata
-from transfer.images import GREY_BITS, ImageError, read_image
-from transfer.lists import ImageList
+from transfer.inputs.images import GREY_BITS, ImageError, read_image
+from transfer.inputs.lists import ImageList
 from transfer.metrics import MetricMeter, Metrics, class_weights
-from transfer.outputs import prepare_outputs
 from transfer.pages.audit_page import save_audit
 from transfer.pretrained import load_pretrained
-from transfer.signals import check_stop
+from transfer.system.console import one_line_errors, plural
+from transfer.system.outputs import prepare_outputs
+from transfer.system.signals import check_stop
 from transfer.training import FeatureLoader, Hyperparameters, Loaders, Training, check_finite
 
 EVAL_BATCH = 1024  # features at a time

@@ -110,7 +110,7 @@ def pass_rates(folder: str, count: str, arch: str = "resnet18", repeats: str = "
     from transfer.architectures import preprocessing
     from transfer.backbone import pass_batch
     from transfer.features import extract_features
-    from transfer.lists import ImageList
+    from transfer.inputs.lists import ImageList
 
     paths = sorted(os.fsencode(path) for path in Path(folder).rglob("*.jpg"))[: int(count)]
     image_list = ImageList("bench", paths, [0] * len(paths), range(len(paths)))
@@ -154,7 +154,7 @@ def ready_backbone(arch: str = "resnet18") -> tuple:
 
 def parse_list(path: str) -> None:
     """Seconds to parse and check a list, and bytes kept a line."""
-    from transfer.lists import read_list
+    from transfer.inputs.lists import read_list
 
     began = time.perf_counter()
     image_list, problems = read_list(Path(path), Path())
@@ -328,7 +328,7 @@ def both_lists(views: Sequence[int]) -> dict:
 
     import train
     from transfer.features import extract_features
-    from transfer.lists import read_list
+    from transfer.inputs.lists import read_list
 
     compute, backbone = ready_backbone()
     found = {}
@@ -363,7 +363,7 @@ def train_on(features: object, tests: Sequence, epoch_views: Callable, seed: int
 
     import train
     from transfer.features import Split, Splits
-    from transfer.flags import parse_train_args
+    from transfer.system.flags import parse_train_args
     from transfer.training import Hyperparameters
 
     head = train.build_model("resnet18", 20, None, seed).fc

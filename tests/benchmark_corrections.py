@@ -25,7 +25,7 @@ from benchmark import ROOT, WEIGHTS, mean_and_spread, swapped
 
 import predict
 import train
-from transfer.lists import read_list
+from transfer.inputs.lists import read_list
 
 SHARES = (0.05, 0.1)
 FIRST, NEXT = 3, 40  # photos a class with labels, and how many more get them

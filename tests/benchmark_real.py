@@ -40,11 +40,11 @@ from transfer.crossval import (  # noqa: E402
 )
 from transfer.device import pick_compute  # noqa: E402
 from transfer.features import Features, Split, Splits, extract_features  # noqa: E402
-from transfer.flags import parse_train_args  # noqa: E402
 from transfer.groups import near_duplicates  # noqa: E402
 from transfer.history import History  # noqa: E402
-from transfer.lists import read_list  # noqa: E402
+from transfer.inputs.lists import read_list  # noqa: E402
 from transfer.metrics import calibration_bins  # noqa: E402
+from transfer.system.flags import parse_train_args  # noqa: E402
 from transfer.training import FeatureLoader, Hyperparameters  # noqa: E402
 
 SEEDS = range(3)

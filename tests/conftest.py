@@ -30,9 +30,9 @@ from transfer.backbone import backbone_of, inference_copy  # noqa: E402
 from transfer.checkpoint import load_backbone  # noqa: E402
 from transfer.device import Compute, pick_compute  # noqa: E402
 from transfer.features import Split, extract_features  # noqa: E402
-from transfer.flags import parse_train_args  # noqa: E402
-from transfer.images import read_image  # noqa: E402
-from transfer.lists import read_list  # noqa: E402
+from transfer.inputs.images import read_image  # noqa: E402
+from transfer.inputs.lists import read_list  # noqa: E402
+from transfer.system.flags import parse_train_args  # noqa: E402
 from transfer.training import Hyperparameters  # noqa: E402
 
 BUNDLED = ROOT / "food" / "resnet18-grocery.pth"

@@ -40,11 +40,11 @@ from transfer.checkpoint import (  # noqa: E402
     load_state,
     validate_state_dict,
 )
-from transfer.console import UserError  # noqa: E402
 from transfer.data import load_data  # noqa: E402
-from transfer.images import ImageError, read_image  # noqa: E402
-from transfer.lists import read_list  # noqa: E402
+from transfer.inputs.images import ImageError, read_image  # noqa: E402
+from transfer.inputs.lists import read_list  # noqa: E402
 from transfer.metrics import Metrics  # noqa: E402
+from transfer.system.console import UserError  # noqa: E402
 
 HANG, MEMORY = 30, 1 << 30  # seconds an input, and bytes above start-up
 NUMBERS = (0, 1, 0x7F7F7F7F, 0x80, 2**15, 2**31, 2**32 - 1)

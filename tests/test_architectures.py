@@ -30,7 +30,7 @@ from transfer.architectures import (
 from transfer.backbone import backbone_of, embed
 from transfer.checkpoint import load_checkpoint
 from transfer.device import pick_compute
-from transfer.flags import parse_train_args
+from transfer.system.flags import parse_train_args
 
 pytestmark = pytest.mark.usefixtures("tiny")
 

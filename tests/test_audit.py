@@ -22,8 +22,8 @@ from transfer.audit.audit import audit_splits, outlier_scores
 from transfer.audit.findings import AuditSplit
 from transfer.device import pick_compute
 from transfer.features import Features, Split, Splits, extract_features
-from transfer.images import read_image
-from transfer.lists import ImageList
+from transfer.inputs.images import read_image
+from transfer.inputs.lists import ImageList
 from transfer.neighbours import nearest
 
 COMPUTE = pick_compute("cpu", "auto", None)

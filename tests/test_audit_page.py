@@ -20,8 +20,8 @@ from transfer.audit.audit import Audit
 from transfer.audit.findings import KINDS, AuditSplit, Finding
 from transfer.audit.label_errors import score_labels
 from transfer.audit.learning_curve import Curve
-from transfer.corrections import ClassLabels, Corrections
-from transfer.lists import ImageList
+from transfer.inputs.corrections import ClassLabels, Corrections
+from transfer.inputs.lists import ImageList
 from transfer.pages.audit_page import TITLES, WORDS, save_audit
 from transfer.pages.choices import SCRIPT, Choices
 

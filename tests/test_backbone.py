@@ -27,11 +27,11 @@ from transfer.backbone import (
     with_oom_retry,
 )
 from transfer.checkpoint import load_backbone, load_checkpoint
-from transfer.console import warn_once
 from transfer.device import Compute
 from transfer.features import extract_features
-from transfer.images import read_image
-from transfer.lists import ImageList, read_list
+from transfer.inputs.images import read_image
+from transfer.inputs.lists import ImageList, read_list
+from transfer.system.console import warn_once
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 DIED = "warning: a decoding process died, perhaps out of memory; going on"

@@ -17,9 +17,9 @@ from transfer import cache, features
 from transfer.architectures import NORMALIZE
 from transfer.backbone import READING_VERSION
 from transfer.cache import find_rows, image_keys, recipe_digest
-from transfer.console import UserError
 from transfer.device import Compute
-from transfer.lists import read_list
+from transfer.inputs.lists import read_list
+from transfer.system.console import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -196,7 +196,7 @@ def test_after_corrections_only_added_images_are_computed(colours, quick, decode
 @pytest.mark.parametrize(
     ("call", "failure"),
     [
-        ("transfer.images.open_regular", OSError(errno.EMFILE, "too many open files")),
+        ("transfer.inputs.images.open_regular", OSError(errno.EMFILE, "too many open files")),
         ("PIL.Image.open", OSError(errno.EIO, "input/output error")),  # in the middle of the file
         ("PIL.Image.open", MemoryError()),
     ],

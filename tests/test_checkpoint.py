@@ -29,7 +29,7 @@ from torchvision.models import get_model, resnet18
 import predict
 import train
 from transfer.checkpoint import METADATA_KEY, load_backbone, load_checkpoint
-from transfer.console import UserError, printable
+from transfer.system.console import UserError, printable
 
 
 @pytest.mark.parametrize("form", ["another head", "best"])

@@ -7,11 +7,11 @@ import pytest
 from conftest import COLOURS, go, run_main, save_photo
 
 import train
-from transfer.classes import class_names, read_names, remap_labels
-from transfer.console import UserError
 from transfer.data import load_data
-from transfer.folders import read_folder
-from transfer.lists import ImageList, read_list
+from transfer.inputs.classes import class_names, read_names, remap_labels
+from transfer.inputs.folders import read_folder
+from transfer.inputs.lists import ImageList, read_list
+from transfer.system.console import UserError
 
 
 def name_file(*names):

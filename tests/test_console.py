@@ -179,7 +179,7 @@ def test_progress_is_rank_0s_alone(watch, monkeypatch):
 
 LATE = """
 import os, signal, sys, threading, time
-from transfer.console import UserError, one_line_errors
+from transfer.system.console import UserError, one_line_errors
 threading.Thread(target=lambda: (time.sleep(0.5), os.kill(os.getpid(), signal.SIGTERM), time.sleep(1))).start()
 with one_line_errors():
     raise UserError("first")

@@ -12,8 +12,8 @@ import train
 from transfer.audit.copies import SAME_PHOTO, candidates, copy_findings, similarity, thumbnails
 from transfer.audit.findings import AuditSplit
 from transfer.device import Compute
-from transfer.images import read_image
-from transfer.lists import ImageList
+from transfer.inputs.images import read_image
+from transfer.inputs.lists import ImageList
 from transfer.neighbours import nearest
 
 HERE = Compute(torch.device("cpu"), torch.bfloat16)

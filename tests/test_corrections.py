@@ -9,9 +9,9 @@ from conftest import answer, go, rows_of, run_main, save_photo
 
 import train
 from transfer.checkpoint import load_checkpoint
-from transfer.console import UserError
-from transfer.corrections import ClassLabels, read_corrections
 from transfer.data import load_data
+from transfer.inputs.corrections import ClassLabels, read_corrections
+from transfer.system.console import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny")
 

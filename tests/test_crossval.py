@@ -8,7 +8,6 @@ from conftest import HPARAMS
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from transfer.console import UserError
 from transfer.crossval import (
     assign_folds,
     class_in_other_folds,
@@ -19,6 +18,7 @@ from transfer.crossval import (
 )
 from transfer.features import Features, Split
 from transfer.groups import near_duplicates
+from transfer.system.console import UserError
 
 
 def scenes(classes=6, per_class=8, copies=3, width=64, seed=0):

@@ -10,12 +10,12 @@ from conftest import COLOURS, go, run_main, save_photo
 
 import train
 from transfer.checkpoint import load_checkpoint
-from transfer.console import UserError
 from transfer.data import check_split, list_text, load_data, share_folders
-from transfer.files import backup_path
-from transfer.folders import read_folder
-from transfer.formats import heic_command
-from transfer.lists import ImageList, read_list, why_unlistable
+from transfer.inputs.folders import read_folder
+from transfer.inputs.formats import heic_command
+from transfer.inputs.lists import ImageList, read_list, why_unlistable
+from transfer.system.console import UserError
+from transfer.system.files import backup_path
 
 
 def load(train_path=None, test_path=None, classes_path=None):

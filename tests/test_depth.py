@@ -13,9 +13,9 @@ from PIL import Image
 import predict
 import train
 from transfer.checkpoint import load_checkpoint
-from transfer.depth import grey_bits_of
-from transfer.images import ImageError, decode_image, used_bits
-from transfer.lists import read_list
+from transfer.inputs.depth import grey_bits_of
+from transfer.inputs.images import ImageError, decode_image, used_bits
+from transfer.inputs.lists import read_list
 
 
 def save_grey(path, top, format="PNG"):

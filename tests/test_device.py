@@ -6,9 +6,9 @@ from conftest import run_main
 from torch import nn
 
 import train
-from transfer.console import UserError
 from transfer.device import Compute, pick_device, pick_precision
 from transfer.finetune import Network
+from transfer.system.console import UserError
 
 
 @pytest.fixture

@@ -19,11 +19,11 @@ from torchvision.models import get_model
 
 import predict
 import train
-from transfer.console import UserError
-from transfer.files import save_together, temporary_path
 from transfer.metrics import Metrics
-from transfer.outputs import STALE, STARTS, audit_outputs, table_path
 from transfer.pages.html import page
+from transfer.system.console import UserError
+from transfer.system.files import save_together, temporary_path
+from transfer.system.outputs import STALE, STARTS, audit_outputs, table_path
 
 
 def make_odd_file(kind):
@@ -74,7 +74,7 @@ class Faults:
     def __init__(self, monkeypatch, call, number, code):
         self.left, self.call, self.code, self.whole = number, call, code, {}
         self.open, self.fsync, self.replace = io.open, os.fsync, os.replace
-        monkeypatch.setattr("transfer.files.open", self.opened, raising=False)
+        monkeypatch.setattr("transfer.system.files.open", self.opened, raising=False)
         monkeypatch.setattr(os, "fsync", self.synced)
         monkeypatch.setattr(os, "replace", self.replaced)
 

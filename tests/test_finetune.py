@@ -20,7 +20,7 @@ from transfer.checkpoint import load_checkpoint
 from transfer.device import Compute
 from transfer.features import Features, Split
 from transfer.finetune import FeatureMapLoader, first_unfrozen, one_cycle, split_network
-from transfer.lists import read_list
+from transfer.inputs.lists import read_list
 from transfer.metrics import Metrics
 
 pytestmark = pytest.mark.usefixtures("tiny")

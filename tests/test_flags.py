@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, run_main
 
-from transfer.flags import parse_predict_args, parse_train_args
+from transfer.system.flags import parse_predict_args, parse_train_args
 
 
 @pytest.mark.parametrize("rate", ["1e37", "1e300", "inf", "nan", "0", "-1", "fast"])
@@ -19,7 +19,13 @@ def test_a_rate_that_arithmetic_cannot_hold_is_found_before_training(job, rate):
 
 @pytest.mark.parametrize("script", ["train.py", "predict.py"])
 def test_where_the_environment_was_forgotten_one_line_says_how_to_activate_it(tmp_path, script):
-    for name in ("train.py", "predict.py", "transfer/__init__.py", "transfer/flags.py", "transfer/signals.py"):
+    for name in (
+        "train.py",
+        "predict.py",
+        "transfer/__init__.py",
+        "transfer/system/flags.py",
+        "transfer/system/signals.py",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
     for venv, fix in (

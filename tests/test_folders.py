@@ -13,10 +13,10 @@ from processes import run_forked
 import predict
 import train
 from transfer.checkpoint import load_checkpoint
-from transfer.classes import class_names
-from transfer.folders import Contents, find_images, read_folder
-from transfer.images import read_image
-from transfer.lists import read_list
+from transfer.inputs.classes import class_names
+from transfer.inputs.folders import Contents, find_images, read_folder
+from transfer.inputs.images import read_image
+from transfer.inputs.lists import read_list
 
 # Read
 

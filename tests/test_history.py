@@ -12,10 +12,10 @@ from conftest import answer, go, rows_of
 import train
 from transfer.checkpoint import is_own, load_checkpoint
 from transfer.distributed import run_id
-from transfer.files import path_digest
 from transfer.history import History, class_sizes
-from transfer.lists import ImageList
+from transfer.inputs.lists import ImageList
 from transfer.metrics import Metrics
+from transfer.system.files import path_digest
 
 
 @pytest.mark.usefixtures("tiny")

@@ -19,7 +19,7 @@ from PIL import Image, ImageFile
 import predict
 import train
 from transfer.checkpoint import load_checkpoint
-from transfer.images import IMAGE_FORMATS, ImageError, read_image
+from transfer.inputs.images import IMAGE_FORMATS, ImageError, read_image
 
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 8, 3), dtype=np.uint8)
 
@@ -436,7 +436,7 @@ def test_an_unreadable_path_is_an_error_in_prediction_and_the_rest_is_done(train
                 raise OSError(code, os.strerror(code))
             return open(path, *rest, **options)
 
-        monkeypatch.setattr("transfer.files.open", opened, raising=False)
+        monkeypatch.setattr("transfer.system.files.open", opened, raising=False)
     status, out, err = run_main(predict.main, "odd.png", "red/test_0.png", "--workers", 0)
     if kind == "directory":  # a folder is walked
         assert status == 2 and err.startswith("error: odd.png: no image in this folder; their names end in .jpg, ")
@@ -458,6 +458,6 @@ def test_avif_is_read_where_pillow_reads_it_and_named_with_what_to_do_where_not(
     Image.new("RGB", (40, 30), (200, 40, 30)).save(tmp_path / "photo.avif")
     photo = read_image(tmp_path / "photo.avif")
     assert photo.size == (40, 30) and all(abs(a - b) < 9 for a, b in zip(photo.getpixel((20, 15)), (200, 40, 30)))
-    monkeypatch.setattr("transfer.images.features.check", lambda name: False)
+    monkeypatch.setattr("transfer.inputs.images.features.check", lambda name: False)
     with pytest.raises(ImageError, match="^AVIF, which this Pillow does not read; convert it to JPEG$"):
         read_image(tmp_path / "photo.avif")

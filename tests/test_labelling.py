@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import predict
 from transfer.labelling import copy_test, most_worthy, propose, typicality, uncertainty, unit_vectors
-from transfer.signals import StopRequest
+from transfer.system.signals import StopRequest
 
 
 def never(place, taken):

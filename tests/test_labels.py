@@ -12,9 +12,9 @@ from conftest import COLOURS, answer, go, run_main, save_photo, try_seeds
 
 import train
 from transfer.checkpoint import load_checkpoint
-from transfer.console import UserError
 from transfer.data import load_data
-from transfer.lists import read_list
+from transfer.inputs.lists import read_list
+from transfer.system.console import UserError
 
 
 @pytest.fixture

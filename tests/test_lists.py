@@ -13,9 +13,9 @@ from processes import run_forked, run_script
 
 import predict
 import train
-from transfer.classes import class_names
-from transfer.console import UserError
-from transfer.lists import ImageList, read_list
+from transfer.inputs.classes import class_names
+from transfer.inputs.lists import ImageList, read_list
+from transfer.system.console import UserError
 
 
 def test_lists_are_read_as_documented(tmp_path, monkeypatch):

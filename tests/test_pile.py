@@ -9,9 +9,9 @@ import pytest
 from conftest import COLOURS, save_photo
 
 from transfer import pile
-from transfer.console import UserError
-from transfer.pile import first_copies, read_pile
-from transfer.sources import read_sources
+from transfer.inputs.pile import first_copies, read_pile
+from transfer.inputs.sources import read_sources
+from transfer.system.console import UserError
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from processes import run_forked
 import predict
 import train
 from transfer.checkpoint import load_checkpoint
-from transfer.console import UserError, printable
-from transfer.images import ImageError
-from transfer.outputs import STARTS
+from transfer.inputs.images import ImageError
+from transfer.system.console import UserError, printable
+from transfer.system.outputs import STARTS
 
 
 def test_predict_names_the_foods_and_has_the_accuracy_that_training_printed(sample_run):

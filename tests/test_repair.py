@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfer.images import ImageError, decode_image
-from transfer.repair import has_one_scan, sound_png
+from transfer.inputs.images import ImageError, decode_image
+from transfer.inputs.repair import has_one_scan, sound_png
 
 PHOTO = Image.merge("RGB", [Image.effect_noise((61, 43), 60) for _ in range(3)])
 SAVED = {

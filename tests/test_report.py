@@ -10,10 +10,10 @@ import torch
 from browsing import HOSTILE, Page, ask, complaints, fetched, show
 from PIL import Image
 
-from transfer.console import UserError, printable
-from transfer.files import path_digest
 from transfer.metrics import ClassificationScores, ScoredImage, calibration_bins, rounded_percent
 from transfer.pages import report
+from transfer.system.console import UserError, printable
+from transfer.system.files import path_digest
 
 CURVES = [
     {

@@ -8,8 +8,8 @@ import sys
 import pytest
 from processes import ROOT, run_script
 
-from transfer.console import Progress
-from transfer.signals import check_stop, hold_signals, stop_on_signals
+from transfer.system.console import Progress
+from transfer.system.signals import check_stop, hold_signals, stop_on_signals
 
 
 class Forgetful:

@@ -11,7 +11,7 @@ import predict
 import train
 from transfer.architectures import head_prefix, meta_state_dict
 from transfer.checkpoint import load_backbone, load_checkpoint
-from transfer.console import UserError
+from transfer.system.console import UserError
 
 VIT, DENSE = "vit_b_32", "densenet121"
 

@@ -17,8 +17,8 @@ from conftest import ROOT, answer, run_main
 
 import predict
 import train
-from transfer.images import ImageError
-from transfer.stdin import CHUNKS_AHEAD, StdinPaths
+from transfer.inputs.images import ImageError
+from transfer.inputs.stdin import CHUNKS_AHEAD, StdinPaths
 
 
 def test_paths_on_standard_input_are_answered_while_it_is_open_and_a_closed_pipe_ends_quietly(model):

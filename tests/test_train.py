@@ -22,8 +22,8 @@ import train
 from transfer.architectures import NORMALIZE
 from transfer.checkpoint import load_backbone, load_checkpoint
 from transfer.features import Features, Split
-from transfer.flags import parse_train_args
-from transfer.images import read_image
+from transfer.inputs.images import read_image
+from transfer.system.flags import parse_train_args
 from transfer.training import FeatureLoader
 
 

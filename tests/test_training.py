@@ -7,7 +7,7 @@ import torch
 from conftest import HPARAMS
 
 from transfer.features import Features
-from transfer.flags import parse_train_args
+from transfer.system.flags import parse_train_args
 from transfer.training import FeatureLoader, Hyperparameters, epoch_views
 
 

@@ -14,8 +14,8 @@ from torch.overrides import BaseTorchFunctionMode
 from torchvision import transforms as T
 from torchvision.models import get_model, get_model_builder, get_model_weights, list_models
 
-from transfer.console import UserError, printable
-from transfer.flags import DEFAULT_ARCH
+from transfer.system.console import UserError, printable
+from transfer.system.flags import DEFAULT_ARCH
 
 NORMALIZE = T.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])  # ImageNet's
 AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}  # heads for training them from nothing

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from transfer.architectures import head_of
-from transfer.console import UserError, out_of_memory, warn, warn_once
 from transfer.device import Compute
-from transfer.flags import IMAGE_SIZE
-from transfer.signals import hold_signals, leave_signals_to_parent
+from transfer.system.console import UserError, out_of_memory, warn, warn_once
+from transfer.system.flags import IMAGE_SIZE
+from transfer.system.signals import hold_signals, leave_signals_to_parent
 
 # Views of the recipe's size. On a CPU, of 4 to 32 at a time, 8 pass fastest (measured, one thread): more than that
 # outgrow its caches.

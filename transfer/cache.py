@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from transfer.backbone import READING_VERSION
-from transfer.console import UserError, printable, warn
 from transfer.device import Compute
-from transfer.files import MappingError, load_untrusted, save_atomically, serialized
-from transfer.images import PassingReason
-from transfer.lists import ImageList
+from transfer.inputs.images import PassingReason
+from transfer.inputs.lists import ImageList
+from transfer.system.console import UserError, printable, warn
+from transfer.system.files import MappingError, load_untrusted, save_atomically, serialized
 
 KEY_BYTES = 16  # two int64
 Chunk = tuple[Tensor, dict[int, str]]  # features (n, V, D), and the reasons by row of those without

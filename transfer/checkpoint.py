@@ -7,13 +7,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from transfer.architectures import NORMALIZE, head_prefix, is_arch, meta_network, versioned
-from transfer.console import UserError, printable, warn
 from transfer.distributed import broadcast, is_main_process, run_id
-from transfer.files import backup_path, history_path, save_atomically, save_together, serialized
-from transfer.flags import IMAGE_SIZE, SIZES
-from transfer.images import GREY_BITS
+from transfer.inputs.images import GREY_BITS
 from transfer.metrics import Metrics
 from transfer.state_dict import METADATA_KEY, is_plain, load_state, validate_state_dict
+from transfer.system.console import UserError, printable, warn
+from transfer.system.files import backup_path, history_path, save_atomically, save_together, serialized
+from transfer.system.flags import IMAGE_SIZE, SIZES
 
 FORMAT = 1  # of what `serialize` adds to a state dict
 METADATA_TYPES = {

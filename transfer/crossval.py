@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from transfer.console import UserError
 from transfer.distributed import broadcast, is_main_process
 from transfer.features import Features, Split
 from transfer.groups import near_duplicates
-from transfer.signals import check_stop
+from transfer.system.console import UserError
+from transfer.system.signals import check_stop
 from transfer.training import Hyperparameters, epoch_views
 
 BLOCK = 1024  # rows of a product at a time

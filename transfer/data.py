@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 
-from transfer.classes import (
+from transfer.crossval import group_split
+from transfer.distributed import is_main_process
+from transfer.features import Split, Splits
+from transfer.inputs.classes import (
     class_names,
     folder_names,
     folders_by_label,
@@ -18,17 +21,14 @@ from transfer.classes import (
     remap_labels,
     renamed_classes,
 )
-from transfer.console import UserError, first_three, nearest_path, plural, printable, summarise, warn
-from transfer.corrections import ClassLabels, Corrections, read_corrections
-from transfer.crossval import group_split
-from transfer.depth import grey_bits_of
-from transfer.distributed import is_main_process
-from transfer.features import Split, Splits
-from transfer.files import backup_path
-from transfer.folders import check_depth, read_folder, split_folder
-from transfer.formats import heic_command, is_heic
-from transfer.lists import ImageList, check_lists, list_entry, read_list, why_unlistable
-from transfer.outputs import Output
+from transfer.inputs.corrections import ClassLabels, Corrections, read_corrections
+from transfer.inputs.depth import grey_bits_of
+from transfer.inputs.folders import check_depth, read_folder, split_folder
+from transfer.inputs.formats import heic_command, is_heic
+from transfer.inputs.lists import ImageList, check_lists, list_entry, read_list, why_unlistable
+from transfer.system.console import UserError, first_three, nearest_path, plural, printable, summarise, warn
+from transfer.system.files import backup_path
+from transfer.system.outputs import Output
 
 TEST_SHARE = 0.2  # of the images of each class, held out where no test list is named
 

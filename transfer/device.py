@@ -10,9 +10,9 @@ import torch
 from torchvision import transforms as T
 
 from transfer.architectures import NORMALIZE, preprocessing
-from transfer.console import UserError, printable
 from transfer.distributed import cores_per_rank, get_local_rank, local_world_size
-from transfer.flags import DEFAULT_ARCH
+from transfer.system.console import UserError, printable
+from transfer.system.flags import DEFAULT_ARCH
 
 
 @dataclass(frozen=True)

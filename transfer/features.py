@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 
 from transfer.backbone import embed_dataset, pass_batch, unbatch
 from transfer.cache import FeatureCache, image_keys, recipe_digest
-from transfer.console import SHOWN_PROBLEMS, Progress, first_three, printable, warn
 from transfer.device import Compute
 from transfer.distributed import broadcast, gather_rows, get_rank, get_world_size, is_main_process, rank_slice
-from transfer.lists import check_unreadable
+from transfer.inputs.lists import check_unreadable
+from transfer.system.console import SHOWN_PROBLEMS, Progress, first_three, printable, warn
 
 CHUNK_ROWS = 1024  # images per file of the cache: what a killed pass may lose
 MAX_CHUNKS = 16_384  # files of a list, beyond which they hold more images each: Linux lets a process map 65,530

@@ -11,11 +11,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from transfer.architectures import head_of
 from transfer.backbone import backbone_of, embed_dataset, inference_copy, pass_batch
-from transfer.console import Progress, UserError
 from transfer.device import Compute, free_memory
 from transfer.distributed import get_rank, get_world_size, local_world_size, rank_slice
 from transfer.features import Split, Splits
-from transfer.lists import check_unreadable
+from transfer.inputs.lists import check_unreadable
+from transfer.system.console import Progress, UserError
 from transfer.training import Hyperparameters, Loaders, Training
 
 SHARES = {"layer4": 1 / 4, "layer3": 1 / 2}  # of the blocks of a network without stages of these names

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from transfer.console import Progress
 from transfer.neighbours import EXACT, nearest
+from transfer.system.console import Progress
 
 CHANCE = 0.001  # of the pairs of different classes, the share that is more similar than near-duplicates must be
 CHANCE_LINKS = 0.1  # and at most so many links per image by chance, however large its class

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from transfer.architectures import NORMALIZE
 from transfer.checkpoint import describe_existing
-from transfer.console import plural, predict_command, printable, warn
 from transfer.data import Data
 from transfer.device import Compute
 from transfer.distributed import is_main_process
 from transfer.features import Splits
-from transfer.files import history_path, path_digest, save_atomically
-from transfer.flags import DEFAULT_LR
 from transfer.metrics import MAX_NAME_LENGTH, Metrics, wilson_interval
 from transfer.pretrained import Pretrained
+from transfer.system.console import plural, predict_command, printable, warn
+from transfer.system.files import history_path, path_digest, save_atomically
+from transfer.system.flags import DEFAULT_LR
 
 FEW_IMAGES = 100  # below which an accuracy is told with its interval: 16 points wide or more, at 80%
 LARGE_LR = 0.1  # of the head: 20 times the default

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from transfer.audit.copies import PAIRS, SAME_PHOTO, SIMILAR, similarity
-from transfer.console import Progress
 from transfer.neighbours import nearest
-from transfer.signals import check_stop
+from transfer.system.console import Progress
+from transfer.system.signals import check_stop
 
 NEIGHBOURS = 10  # of a photo, whose mean cosine says how typical it is
 

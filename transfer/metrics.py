@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from transfer.console import printable
+from transfer.system.console import printable
 
 NONE = "–"  # in place of 0 / 0
 MAX_NAME_LENGTH = 24  # letters of a class name in the table

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from transfer.console import Progress
-from transfer.signals import check_stop
+from transfer.system.console import Progress
+from transfer.system.signals import check_stop
 
 NEAREST = 8  # neighbours of an image that are looked at
 TILE = 4096  # rows of either side of a product at a time: 64 MB

@@ -19,8 +19,8 @@ from torchvision.models import get_model_weights
 
 from transfer.architectures import arch_title
 from transfer.checkpoint import load_backbone
-from transfer.console import UserError, printable
 from transfer.distributed import get_local_rank, get_rank, get_world_size
+from transfer.system.console import UserError, printable
 
 BUNDLED_WEIGHTS = Path(__file__).resolve().parent.parent / "food" / "resnet18-grocery.pth"
 BUNDLED_ARCH = "resnet18"

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from transfer.console import Progress, printable
 from transfer.metrics import ClassificationScores, ScoredImage, likeliest
+from transfer.system.console import Progress, printable
 
 
 class Answer(NamedTuple):

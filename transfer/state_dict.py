@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from transfer.architectures import STEMS, arch_title, head_prefix, infer_arch, plain_names, skeleton
-from transfer.console import UserError, first_three, printable
-from transfer.files import load_untrusted
-from transfer.labels import MAX_CLASSES
+from transfer.inputs.labels import MAX_CLASSES
+from transfer.system.console import UserError, first_three, printable
+from transfer.system.files import load_untrusted
 
 WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 METADATA_KEY = "train.py"  # its key in the state dict's _metadata, which a plain load_state_dict ignores

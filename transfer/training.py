@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from transfer.console import UserError
 from transfer.features import Features
+from transfer.system.console import UserError
 
 
 @dataclass(frozen=True)

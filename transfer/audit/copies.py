@@ -13,9 +13,9 @@ from transfer.architectures import NORMALIZE
 from transfer.audit.findings import AuditSplit, Finding
 from transfer.audit.label_errors import LabelQuality
 from transfer.backbone import PASS_BATCH, embed_dataset, unbatch
-from transfer.console import Progress
 from transfer.device import Compute
 from transfer.neighbours import TILE
+from transfer.system.console import Progress
 
 # Measured on 150 of the sample's photos, resized, recompressed, cropped by 5% and mirrored: all 600 copies but one are
 # among the 8 nearest, at a cosine above 0.7 and a likeness above 0.97; no two photos of a shelf have one above 0.94.

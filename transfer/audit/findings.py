@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from transfer.features import Split
-from transfer.files import save_atomically
-from transfer.lists import ImageList
+from transfer.inputs.lists import ImageList
+from transfer.system.files import save_atomically
 
 KINDS = ("label", "conflict", "leak", "duplicate", "outlier")
 COLUMNS = ("list", "line", "path", "kind", "label", "suggestion", "score", "other")

@@ -9,11 +9,8 @@ from transfer.audit.audit import Audit
 from transfer.audit.findings import AuditSplit, Finding, save_findings
 from transfer.audit.label_errors import LabelQuality
 from transfer.audit.learning_curve import FEW_POINTS, Curve
-from transfer.console import plural, printable
-from transfer.corrections import Corrections
-from transfer.files import save_atomically
+from transfer.inputs.corrections import Corrections
 from transfer.metrics import NONE
-from transfer.outputs import table_path
 from transfer.pages.choices import SCRIPT, Choices
 from transfer.pages.html import (
     BOTTOM,
@@ -32,6 +29,9 @@ from transfer.pages.html import (
     svg_line,
     svg_text,
 )
+from transfer.system.console import plural, printable
+from transfer.system.files import save_atomically
+from transfer.system.outputs import table_path
 
 TITLES = {
     "label": "Labels that are probably wrong",

@@ -8,10 +8,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from transfer.audit.findings import Finding
-from transfer.console import script_command
-from transfer.corrections import LEAVE_OUT, ClassLabels
-from transfer.lists import list_entry, why_unlistable
+from transfer.inputs.corrections import LEAVE_OUT, ClassLabels
+from transfer.inputs.lists import list_entry, why_unlistable
 from transfer.pages.html import escape
+from transfer.system.console import script_command
 
 SCRIPT = Path(__file__).with_name("corrections.js").read_text(encoding="utf-8")
 FILE = "corrections.txt"

@@ -13,8 +13,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from transfer.console import printable
-from transfer.images import ImageError, read_image
+from transfer.inputs.images import ImageError, read_image
+from transfer.system.console import printable
 
 THUMBNAIL = 112  # pixels of the longer side
 THUMBNAIL_BYTES = 20_000_000  # of a page's photos

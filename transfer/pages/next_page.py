@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from transfer.console import plural
-from transfer.corrections import ClassLabels
-from transfer.files import save_atomically
+from transfer.inputs.corrections import ClassLabels
 from transfer.metrics import likeliest
 from transfer.pages.choices import SAME, SCRIPT, Choices
 from transfer.pages.html import Thumbnails, escape, page, shelves
 from transfer.rows import Answer
+from transfer.system.console import plural
+from transfer.system.files import save_atomically
 
 GUESSES = 3  # classes shown for a photo
 

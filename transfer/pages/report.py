@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transfer.files import history_path, path_digest, save_atomically
 from transfer.metrics import BINS, NONE, ClassificationScores, ScoredImage, calibration_bins, percent, rounded_percent
 from transfer.pages.html import (
     BOTTOM,
@@ -33,6 +32,7 @@ from transfer.pages.html import (
     thumbnail,
     ticks,
 )
+from transfer.system.files import history_path, path_digest, save_atomically
 
 MISTAKES, HITS = 24, 12  # images shown of each
 MAX_DROPS = 12  # of the learning rate that are marked

@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from transfer.console import UserError, first_three, plural, printable
-from transfer.labels import same_name
-from transfer.lists import ImageList, read_text, set_classes
+from transfer.inputs.labels import same_name
+from transfer.inputs.lists import ImageList, read_text, set_classes
+from transfer.system.console import UserError, first_three, plural, printable
 
 
 def remap_labels(image_list: ImageList, classes: Sequence[str]) -> list[str]:

@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
 
 def torch_fix() -> str:
     """What to do where torch is missing: most often the environment was not activated in a new terminal."""
-    venv = Path(__file__).resolve().parent.parent / ".venv"
+    venv = Path(__file__).resolve().parents[2] / ".venv"
     if not venv.is_dir() or Path(sys.prefix).resolve() == venv:
         return "pip install -r requirements.txt"
     script = venv / ("Scripts/Activate.ps1" if os.name == "nt" else "bin/activate")

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageChops, ImageOps, JpegImagePlugin, features
 
-from transfer.console import os_reason, printable
-from transfer.files import open_regular
-from transfer.formats import HEAD, IMAGE_FORMATS, format_of, read_head
-from transfer.repair import end_jpeg, has_one_scan, sound_png
+from transfer.inputs.formats import HEAD, IMAGE_FORMATS, format_of, read_head
+from transfer.inputs.repair import end_jpeg, has_one_scan, sound_png
+from transfer.system.console import os_reason, printable
+from transfer.system.files import open_regular
 
 DRAFT_SIZE = (600, 600)  # a JPEG is decoded at an eighth, a quarter or half its size where that is no smaller
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit for decompression bombs

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from transfer.console import UserError, first_three, os_reason, plural, printable, warn
-from transfer.formats import SUFFIXES, is_image
-from transfer.labels import same_name, sort_names
-from transfer.lists import ImageList
+from transfer.inputs.formats import SUFFIXES, is_image
+from transfer.inputs.labels import same_name, sort_names
+from transfer.inputs.lists import ImageList
+from transfer.system.console import UserError, first_three, os_reason, plural, printable, warn
 
 # Of systems and tools: nobody's class.
 SYSTEM_FOLDERS = (

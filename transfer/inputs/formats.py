@@ -4,8 +4,8 @@ import os
 import shlex
 import sys
 
-from transfer.console import printable
-from transfer.files import open_regular
+from transfer.system.console import printable
+from transfer.system.files import open_regular
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # MPO opens as JPEG, PGM and PBM as PPM
 SUFFIXES = (

@@ -6,12 +6,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from transfer.console import UserError, plural
-from transfer.files import open_regular
-from transfer.lists import ImageList
-from transfer.signals import check_stop
-from transfer.sources import Source
-from transfer.stdin import read_stdin_paths
+from transfer.inputs.lists import ImageList
+from transfer.inputs.sources import Source
+from transfer.inputs.stdin import read_stdin_paths
+from transfer.system.console import UserError, plural
+from transfer.system.files import open_regular
+from transfer.system.signals import check_stop
 
 HEAD = 1 << 12  # bytes of a file in which nearly all photos of one size differ
 

@@ -17,7 +17,7 @@ import torch
 from torch import distributed as dist
 
 from transfer.distributed import get_rank, is_distributed
-from transfer.signals import NAMES, check_stop, status_of, stop_on_signals
+from transfer.system.signals import NAMES, check_stop, status_of, stop_on_signals
 
 SHOWN_PROBLEMS = 10
 
@@ -71,7 +71,7 @@ def summarise(problems: Sequence[str], total: str, fix: str) -> list[str]:
 
 def script_command(name: str) -> list[str]:
     """The words that start one of the scripts in this folder."""
-    path = Path(__file__).resolve().parent.parent / name
+    path = Path(__file__).resolve().parents[2] / name
     return ["python", str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)]
 
 

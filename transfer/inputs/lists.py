@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transfer.console import (
+from transfer.inputs.labels import Labels, kind_of_lines, kind_of_table, sort_names, split_lines, split_table
+from transfer.system.console import (
     SHOWN_PROBLEMS,
     UserError,
     first_three,
@@ -21,7 +22,6 @@ from transfer.console import (
     summarise,
     warn,
 )
-from transfer.labels import Labels, kind_of_lines, kind_of_table, sort_names, split_lines, split_table
 
 LIST_SUFFIXES = (".txt", ".csv")
 SLICE = 10_000  # paths that are taken apart at a time

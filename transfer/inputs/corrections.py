@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from transfer.console import first_three, plural, printable
-from transfer.labels import is_path_alone, same_name, split_lines, split_table
-from transfer.lists import ImageList, as_stored, file_problem, missing_hint, read_text
+from transfer.inputs.labels import is_path_alone, same_name, split_lines, split_table
+from transfer.inputs.lists import ImageList, as_stored, file_problem, missing_hint, read_text
+from transfer.system.console import first_three, plural, printable
 
 LEAVE_OUT = "-"  # in a label's place
 

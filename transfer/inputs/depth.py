@@ -2,8 +2,8 @@
 
 import itertools
 
-from transfer.images import GREY_BITS, used_bits
-from transfer.lists import ImageList
+from transfer.inputs.images import GREY_BITS, used_bits
+from transfer.inputs.lists import ImageList
 
 SAMPLE = 1000  # images that are looked at, evenly over the list: of each a few bytes, of 16-bit greyscale all
 

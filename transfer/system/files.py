@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from transfer.console import UserError, nearest_path, os_reason, printable
-from transfer.safetensors import is_safetensors, load_safetensors
+from transfer.system.console import UserError, nearest_path, os_reason, printable
+from transfer.system.safetensors import is_safetensors, load_safetensors
 
 
 def open_regular(path: str | bytes | os.PathLike) -> io.BufferedReader:

@@ -6,8 +6,8 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
-from transfer.console import UserError, printable
-from transfer.formats import SUFFIXES
+from transfer.inputs.formats import SUFFIXES
+from transfer.system.console import UserError, printable
 
 MAX_CLASSES = 100_000  # beyond this a label is a slip of the pen, and its head would not fit
 NUMBERED = re.compile(rb"^[^\S\n]*[^#\s].*[^\S\n]\d+[^\S\n]*$", re.MULTILINE)  # a line that ends in a whole number

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from transfer.console import UserError, os_reason, printable
-from transfer.files import backup_path, history_path
+from transfer.system.console import UserError, os_reason, printable
+from transfer.system.files import backup_path, history_path
 
 COPIES = 3.1  # of a checkpoint that a folder needs room for: the previous one, the old one and the new one; and figures
 STALE = 3600  # seconds after which a temporary file is what a killed run left: no write takes so long

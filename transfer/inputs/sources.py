@@ -12,14 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transfer.classes import remap_labels
-from transfer.console import UserError, nearest_path, printable, warn
-from transfer.corrections import ClassLabels, read_corrections
-from transfer.files import open_regular, path_digest
-from transfer.folders import images_below, read_folder
-from transfer.formats import SUFFIXES
-from transfer.labels import NUMBERED, same_name, sort_names
-from transfer.lists import LIST_SUFFIXES, ImageList, ListsError, as_stored, read_list
+from transfer.inputs.classes import remap_labels
+from transfer.inputs.corrections import ClassLabels, read_corrections
+from transfer.inputs.folders import images_below, read_folder
+from transfer.inputs.formats import SUFFIXES
+from transfer.inputs.labels import NUMBERED, same_name, sort_names
+from transfer.inputs.lists import LIST_SUFFIXES, ImageList, ListsError, as_stored, read_list
+from transfer.system.console import UserError, nearest_path, printable, warn
+from transfer.system.files import open_regular, path_digest
 
 
 class Source(NamedTuple):

@@ -8,8 +8,8 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 
-from transfer.console import UserError, os_reason
-from transfer.signals import check_stop
+from transfer.system.console import UserError, os_reason
+from transfer.system.signals import check_stop
 
 CHUNK = 1 << 16  # bytes of standard input read at a time, and more than any path has
 CHUNKS_AHEAD = 4  # what is read before it is needed, so that an endless pipe takes no more

@@ -1,0 +1,1 @@
+"""What people have: photos, folders, lists, piles and corrections, read and checked."""

@@ -1,0 +1,1 @@
+"""The process around the training: its signals, flags, messages and files."""

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import socket
 import stat
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,13 +49,14 @@ def load_untrusted(path: Path, mmap: bool = False, check: bool = True) -> object
     except OSError as error:
         raise UserError(f"{name}: {os_reason(error)}{nearest_path(path) or '; name a file of weights'}") from None
     try:
-        with file:
+        with file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of odd files does not name them, as our errors do
             head, size = file.read(9), os.fstat(file.fileno()).st_size
             if is_safetensors(head, size):
                 return load_safetensors(path)
             if check and zipfile.is_zipfile(file):
                 check_zip(file)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # parsers of untrusted bytes: damage comes as nearly any exception there is
         if mmap and os.strerror(errno.ENOMEM) in str(error):
             limit = "no memory left, or more files mapped than vm.max_map_count allows"

@@ -8,7 +8,7 @@ from conftest import COLOURS, go, run_main, save_photo
 
 import train
 from transfer.data import load_data
-from transfer.inputs.classes import class_names, read_names, remap_labels
+from transfer.inputs.classes import class_names, own_names, read_names, remap_labels
 from transfer.inputs.folders import read_folder
 from transfer.inputs.lists import ImageList, read_list
 from transfer.system.console import UserError
@@ -105,10 +105,7 @@ def test_labels_from_1_are_told_and_the_names_of_the_others_stay(photos, capsys)
     Path("list.txt").write_text("".join(f"photos/{c}/{n}.png {i}\n" for i, c in enumerate(COLOURS, 1) for n in (5, 6)))
     data = load("list.txt")
     assert data.classes == ["0", *COLOURS]
-    assert (
-        capsys.readouterr().err
-        == "warning: list.txt: labels start at 1, not at 0: no image has label 0, which does no harm\n"
-    )
+    assert capsys.readouterr().err == "warning: list.txt: labels start at 1, not at 0: no image has label 0\n"
     with pytest.raises(UserError, match="3 names for 4 classes, labels 1 to 3 and 0 for what has no image; write one"):
         load("list.txt", None, name_file(*COLOURS))
 
@@ -116,3 +113,12 @@ def test_labels_from_1_are_told_and_the_names_of_the_others_stay(photos, capsys)
 @pytest.mark.parametrize(("labels", "names"), [([0, 2], ["a", "1", "b"]), ([1, 2], ["0", "a", "b"])])
 def test_a_label_without_images_takes_no_names_away(labels, names):
     assert class_names(ImageList("list", [b"a/1", b"b/2"], labels, [1, 2]), None) == names
+
+
+@pytest.mark.parametrize(("wrong", "names"), [(2, ["cat", "dog"]), (3, ["0", "1"])])
+def test_a_list_with_some_wrong_labels_still_has_its_folders_names(wrong, names):
+    paths = [f"photos/{'cat' if number < 10 else 'dog'}/{number}.jpg".encode() for number in range(20)]
+    labels = [int(number >= 10) for number in range(20)]
+    for number in range(wrong):
+        labels[number], labels[10 + number] = 1, 0
+    assert own_names(ImageList("list.txt", paths, labels, range(1, 21))) == names

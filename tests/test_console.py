@@ -14,7 +14,7 @@ from conftest import PLAIN, ROOT, add_line, make_photos, run_main
 from processes import fork_script
 
 import predict
-from transfer import console
+from transfer.system import console
 
 ODD_NAMES = {
     "ünï 世界.png": "ünï 世界.png",
@@ -107,7 +107,7 @@ def test_ctrl_c_a_moment_after_the_start_shows_no_traceback(script):
 
 def test_where_ctrl_c_is_ignored_as_in_the_background_it_stays_so():
     code = (
-        "import signal; from transfer import signals; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "import signal; from transfer.system import signals; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "signals.guard_imports()\n"
         "with signals.stop_on_signals(): signal.raise_signal(signal.SIGINT)\n"
         "signal.raise_signal(signal.SIGINT); print('still here')"

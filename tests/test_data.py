@@ -330,3 +330,13 @@ def test_lists_of_an_earlier_split_go_with_its_checkpoint_unless_they_are_read_o
     Path("best.test.txt").write_text("photos/red/5.png 0\n")  # somebody's own
     go("--train", "photos", "--test", "photos", "--epochs", 1)
     assert Path("best.test.txt").read_text() == "photos/red/5.png 0\n"
+
+
+@pytest.mark.parametrize(("folder", "same"), [("cat", True), ("horse", False)])
+def test_a_short_test_list_of_other_folders_is_not_of_the_same_classes_however_long_the_training_list(folder, same):
+    def listed(*folders):
+        paths = [f"photos/{name}/{number}.jpg".encode() for number, name in enumerate(folders)]
+        labels = [int(name == "dog") for name in folders]
+        return ImageList("list.txt", paths, labels, range(1, len(paths) + 1))
+
+    assert share_folders(listed(*["cat"] * 50, *["dog"] * 50), listed(folder, "dog")) is same

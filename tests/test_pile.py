@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import COLOURS, save_photo
 
-from transfer import pile
+from transfer.inputs import pile
 from transfer.inputs.pile import first_copies, read_pile
 from transfer.inputs.sources import read_sources
 from transfer.system.console import UserError

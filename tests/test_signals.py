@@ -84,7 +84,7 @@ def test_a_second_signal_does_not_disturb_the_cleaning_up_of_the_first():
 
 def test_a_second_signal_long_after_the_first_ends_the_process_at_once():
     code = (
-        "import signal, time; from transfer import signals; signals.PATIENCE = 0.1\n"
+        "import signal, time; from transfer.system import signals; signals.PATIENCE = 0.1\n"
         "with signals.stop_on_signals():\n"
         "    try: signal.raise_signal(signal.SIGTERM)\n"
         "    finally: time.sleep(0.2); signal.raise_signal(signal.SIGINT); print('still here')"

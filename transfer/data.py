@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -221,12 +222,14 @@ def share_folders(train: ImageList, test: ImageList) -> bool:
     """Whether both lists are of the same classes: folders of one name hold the images of one label, in both."""
     if train.classes or test.classes:  # labels that are names are to be the same
         return set(test.classes) <= set(train.classes)
-    folders = folders_by_label(train)
-    for label, more in folders_by_label(test).items():
-        if label not in folders:
-            return False
-        folders[label] |= more
-    return bool(folder_names(folders))
+    trained, tested = folders_by_label(train), folders_by_label(test)
+    if tested.keys() - trained.keys():
+        return False
+    # A label's images weigh the same in both lists, however few the one has.
+    for folders in (trained, tested):
+        for label, counts in folders.items():
+            folders[label] = Counter({folder: count / counts.total() for folder, count in counts.items()})
+    return bool(folder_names({label: counts + tested[label] for label, counts in trained.items()}))
 
 
 # Test images held out

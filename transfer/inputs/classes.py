@@ -10,6 +10,8 @@ from transfer.inputs.labels import same_name
 from transfer.inputs.lists import ImageList, read_text, set_classes
 from transfer.system.console import UserError, first_three, plural, printable
 
+NEARLY_ALL = 0.75  # of a class's images in folders of one name: of a list, a tenth may be wrong labels
+
 
 def remap_labels(image_list: ImageList, classes: Sequence[str]) -> list[str]:
     """Give images that have class names the labels of those names; the problems where there is no such class."""
@@ -23,15 +25,21 @@ def remap_labels(image_list: ImageList, classes: Sequence[str]) -> list[str]:
     return []
 
 
-def folders_by_label(image_list: ImageList) -> dict[int, set[bytes]]:
-    """The folders that images of each label lie in."""
-    folders = defaultdict(set)
+def folders_by_label(image_list: ImageList) -> dict[int, Counter[bytes]]:
+    """The folders that images of each label lie in, and how many of them."""
+    folders = defaultdict(Counter)
     for path, label in zip(image_list.each_path(), image_list.labels.tolist(), strict=True):
-        folders[label].add(os.path.dirname(path))
+        folders[label][os.path.dirname(path)] += 1
     return folders
 
 
-def folder_names(folders: dict[int, set[bytes]]) -> dict[int, str]:
+def most_common_name(names: Counter[str]) -> str:
+    """The name that nearly all images have; none where a list's errors alone don't explain the others."""
+    name, count = names.most_common(1)[0]
+    return name if count >= NEARLY_ALL * names.total() else ""
+
+
+def folder_names(folders: dict[int, Counter[bytes]]) -> dict[int, str]:
     """The name of each label where the folders of its images differ by label, else none.
 
     The images' own folders, or those that lie in the one which all images share.
@@ -44,8 +52,12 @@ def folder_names(folders: dict[int, set[bytes]]) -> dict[int, str]:
         return folder[len(shared) :].strip(b"/").split(b"/")[0]
 
     for name_of in (os.path.basename, first_folder):
-        found = {label: {same_name(os.fsdecode(name_of(each))) for each in some} for label, some in folders.items()}
-        names = {label: next(iter(some)) for label, some in found.items() if len(some) == 1}
+        names = {}
+        for label, some in folders.items():
+            found = Counter()
+            for folder, count in some.items():
+                found[same_name(os.fsdecode(name_of(folder)))] += count
+            names[label] = most_common_name(found)
         if all(names.values()) and len(set(names.values())) == len(folders):
             return names
     return {}

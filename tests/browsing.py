@@ -49,9 +49,9 @@ def ask(browser, script):
     return call("POST", f"{browser}/execute/sync", {"script": script, "args": []})
 
 
-def show(browser, path, width, scheme="light"):
-    """Open a page in a window so wide, in a colour scheme; what the browser logged before is forgotten."""
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+def show(browser, path, width, scheme="light", height=900):
+    """Open a page in a window so large, in a colour scheme; what the browser logged before is forgotten."""
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     for command, params in (("setDeviceMetricsOverride", metrics), ("setEmulatedMedia", media)):
         call("POST", f"{browser}/goog/cdp/execute", {"cmd": f"Emulation.{command}", "params": params})

@@ -23,7 +23,7 @@ SIZES = {"audit": (1180, 1160), "report": (870, 1060)}  # of the part of each pa
 
 def photograph(browser: str, page: Path, size: tuple[int, int]) -> Image.Image:
     """The top of a page."""
-    show(browser, page, size[0])
+    show(browser, page, size[0], height=size[1])
     clip = {"x": 0, "y": 0, "width": size[0], "height": size[1], "scale": 1}
     body = {"cmd": "Page.captureScreenshot", "params": {"clip": clip, "captureBeyondViewport": True}}
     content = call("POST", f"{browser}/goog/cdp/execute", body)["data"]

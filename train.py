@@ -48,7 +48,8 @@ from transfer.crossval import cross_val_logits, group_split
 from transfer.data import Data, hold_out_test, load_data, split_lists
 from transfer.device import Compute, pick_compute
 from transfer.distributed import broadcast, end_distributed, gather, init_distributed, is_main_process, on_main_process
-from transfer.features import Split, Splits, extract_features, warn_on_flat_images, warn_on_leakage
+from transfer.extraction import extract_features
+from transfer.features import Split, Splits, warn_on_flat_images, warn_on_leakage
 from transfer.finetune import prepare_finetuning, unwrap
 from transfer.history import History, print_header, print_next, print_result, run_metadata
 from transfer.inputs.images import GREY_BITS, ImageError, read_image

@@ -109,7 +109,7 @@ def pass_rates(folder: str, count: str, arch: str = "resnet18", repeats: str = "
     import train
     from transfer.architectures import preprocessing
     from transfer.backbone import pass_batch
-    from transfer.features import extract_features
+    from transfer.extraction import extract_features
     from transfer.inputs.lists import ImageList
 
     paths = sorted(os.fsencode(path) for path in Path(folder).rglob("*.jpg"))[: int(count)]
@@ -327,7 +327,7 @@ def both_lists(views: Sequence[int]) -> dict:
     from torchvision import transforms as T
 
     import train
-    from transfer.features import extract_features
+    from transfer.extraction import extract_features
     from transfer.inputs.lists import read_list
 
     compute, backbone = ready_backbone()

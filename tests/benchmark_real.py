@@ -39,7 +39,8 @@ from transfer.crossval import (  # noqa: E402
     out_of_fold_logits,
 )
 from transfer.device import pick_compute  # noqa: E402
-from transfer.features import Features, Split, Splits, extract_features  # noqa: E402
+from transfer.extraction import extract_features  # noqa: E402
+from transfer.features import Features, Split, Splits  # noqa: E402
 from transfer.groups import near_duplicates  # noqa: E402
 from transfer.history import History  # noqa: E402
 from transfer.inputs.lists import read_list  # noqa: E402

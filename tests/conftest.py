@@ -29,7 +29,8 @@ from transfer import architectures  # noqa: E402
 from transfer.backbone import backbone_of, inference_copy  # noqa: E402
 from transfer.checkpoint import load_backbone  # noqa: E402
 from transfer.device import Compute, pick_compute  # noqa: E402
-from transfer.features import Split, extract_features  # noqa: E402
+from transfer.extraction import extract_features  # noqa: E402
+from transfer.features import Split  # noqa: E402
 from transfer.inputs.images import read_image  # noqa: E402
 from transfer.inputs.lists import read_list  # noqa: E402
 from transfer.system.flags import parse_train_args  # noqa: E402
@@ -389,7 +390,7 @@ def plain_backbone():
 @pytest.fixture
 def extract(few, quick, monkeypatch):
     """A function that extracts two views of the training images in two cached chunks of three."""
-    monkeypatch.setattr("transfer.features.CHUNK_ROWS", 3)
+    monkeypatch.setattr("transfer.extraction.CHUNK_ROWS", 3)
     photos, _ = read_list(Path("train.txt"), Path())
     compute, dataset = Compute(torch.device("cpu"), torch.float32), train.ImageDataset(photos, [0, 1], 0)
     return lambda max_unreadable=0: extract_features(

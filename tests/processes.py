@@ -41,6 +41,11 @@ def run_script(script: str, *args: object, cwd: Path = ROOT, **environment: str)
     return finished(start_script(script, *args, cwd=cwd, **environment))
 
 
+def run_code(code: str) -> subprocess.CompletedProcess:
+    """Code in a Python of its own, in the project's folder."""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
 class Forked:
     """A Popen, as far as tests need one, of a process that is forked: by a server that has imported both scripts, or
     by this process.

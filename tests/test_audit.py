@@ -21,7 +21,8 @@ import train
 from transfer.audit.audit import audit_splits, outlier_scores
 from transfer.audit.findings import AuditSplit
 from transfer.device import pick_compute
-from transfer.features import Features, Split, Splits, extract_features
+from transfer.extraction import extract_features
+from transfer.features import Features, Split, Splits
 from transfer.inputs.images import read_image
 from transfer.inputs.lists import ImageList
 from transfer.neighbours import nearest

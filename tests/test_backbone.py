@@ -28,7 +28,7 @@ from transfer.backbone import (
 )
 from transfer.checkpoint import load_backbone, load_checkpoint
 from transfer.device import Compute
-from transfer.features import extract_features
+from transfer.extraction import extract_features
 from transfer.inputs.images import read_image
 from transfer.inputs.lists import ImageList, read_list
 from transfer.system.console import warn_once

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision import transforms as T
 
 import train
-from transfer import cache, features
+from transfer import cache, extraction
 from transfer.architectures import NORMALIZE
 from transfer.backbone import READING_VERSION
 from transfer.cache import find_rows, image_keys, recipe_digest
@@ -163,7 +163,7 @@ def test_files_of_one_size_and_time_that_change_places_are_computed_again(few, q
 
 
 def test_only_a_changed_image_is_computed_again(colours, quick, decoded, monkeypatch):
-    monkeypatch.setattr("transfer.features.CHUNK_ROWS", 4)
+    monkeypatch.setattr("transfer.extraction.CHUNK_ROWS", 4)
     go("--epochs", 1, "--cache", "kept")
     assert len(chunks_in("kept")) == 6
     decoded.clear()
@@ -176,7 +176,7 @@ def test_only_a_changed_image_is_computed_again(colours, quick, decoded, monkeyp
 
 
 def test_after_corrections_only_added_images_are_computed(colours, quick, decoded, monkeypatch):
-    monkeypatch.setattr("transfer.features.CHUNK_ROWS", 4)
+    monkeypatch.setattr("transfer.extraction.CHUNK_ROWS", 4)
     go("--epochs", 1, "--cache", "kept")
     decoded.clear()
     first, second, *lines = Path("train.txt").read_text().splitlines()
@@ -236,9 +236,9 @@ def test_keys_are_found_in_whichever_table_holds_them():
 
 
 def test_a_list_of_any_length_takes_fewer_files_than_can_be_mapped():
-    assert [features.chunk_rows(count) for count in (1, 1024 * 16_384)] == [1024, 1024]
+    assert [extraction.chunk_rows(count) for count in (1, 1024 * 16_384)] == [1024, 1024]
     for count in (67 * 10**6, 10**9):
-        assert count / features.chunk_rows(count) <= 16_384
+        assert count / extraction.chunk_rows(count) <= 16_384
 
 
 def test_too_many_mapped_files_are_not_called_damaged(extract, monkeypatch, capsys):

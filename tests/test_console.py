@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PLAIN, ROOT, add_line, make_photos, run_main
-from processes import fork_script
+from processes import fork_script, run_code
 
 import predict
 from transfer.system import console
@@ -112,7 +112,7 @@ def test_where_ctrl_c_is_ignored_as_in_the_background_it_stays_so():
         "with signals.stop_on_signals(): signal.raise_signal(signal.SIGINT)\n"
         "signal.raise_signal(signal.SIGINT); print('still here')"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = run_code(code)
     assert (done.stdout, done.stderr) == ("still here\n", "")
 
 

@@ -143,7 +143,7 @@ def test_a_class_that_only_classes_calls_otherwise_has_both_names(few):
 
 
 def test_with_a_cache_only_added_photos_pass_and_the_checkpoint_counts_corrections(few, quick, decoded, monkeypatch):
-    monkeypatch.setattr("transfer.features.CHUNK_ROWS", 3)  # lists lie in several files
+    monkeypatch.setattr("transfer.extraction.CHUNK_ROWS", 3)  # lists lie in several files
     go("--epochs", 1, "--cache", "kept")
     assert sum(decoded.values()) == 12
     decoded.clear()

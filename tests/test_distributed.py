@@ -50,10 +50,10 @@ GLOO = r"(?m)^(\[Gloo\].*|.*is connected to \d+ peer ranks.*|\d+ is connected.*)
 # Chunks of 2 images. At its fifth, in the third chunk, rank 1 dies, but not when it is started again.
 DIE = """
 import os, sys, train
-from transfer import backbone, features
+from transfer import backbone, extraction
 read, decoded = train.read_image, []
-features.CHUNK_ROWS, backbone.PASS_BATCH["cpu"] = 2, 4
-features.gather_rows = lambda *_: open("sent", "w")
+extraction.CHUNK_ROWS, backbone.PASS_BATCH["cpu"] = 2, 4
+extraction.gather_rows = lambda *_: open("sent", "w")
 first, rank = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", os.environ["RANK"]
 def read_photo(path, *rest):
     decoded.append(os.fsdecode(path))
@@ -93,7 +93,7 @@ def test_two_ranks_one_of_which_dies_once_give_the_features_and_the_head_of_one_
     assert timeless(printed).endswith(timeless(out)) and printed.count("saved  ") == 1
     assert "Traceback" not in done.stderr and "warning: " not in done.stderr
     # And one process finds all that two had kept.
-    monkeypatch.setattr("transfer.features.CHUNK_ROWS", 2)
+    monkeypatch.setattr("transfer.extraction.CHUNK_ROWS", 2)
     monkeypatch.setattr(train, "read_image", lambda path, *_: pytest.fail(f"decoded {path} again"))
     go(*options, "--cache", "two")
     assert same(expected, weights_of())

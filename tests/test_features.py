@@ -99,8 +99,8 @@ def test_a_killed_pass_goes_on_from_its_whole_chunks_to_the_same_weights(colours
     os.unlink("best.pth")
     # The pass takes images 8 at a time: red and green are two whole chunks when it hangs in the third.
     code = """
-import time, train, transfer.features
-read, transfer.features.CHUNK_ROWS = train.read_image, 4
+import time, train, transfer.extraction
+read, transfer.extraction.CHUNK_ROWS = train.read_image, 4
 train.read_image = lambda path, *rest: time.sleep(600) if b"blue/train" in path else read(path, *rest)
 train.main("--weights none --workers 0 --epochs 2 --views 2 --cache kept".split())
 """
@@ -108,7 +108,7 @@ train.main("--weights none --workers 0 --epochs 2 --views 2 --cache kept".split(
     wait_for(lambda: len(chunks_in("kept")) == 3 + 2, killed)  # all of the test list, and two
     os.kill(killed.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL and not Path("best.pth").exists()
-    monkeypatch.setattr("transfer.features.CHUNK_ROWS", 4)
+    monkeypatch.setattr("transfer.extraction.CHUNK_ROWS", 4)
     decoded.clear()
     go("--epochs", 2, "--views", 2, "--cache", "kept")
     blue_alone = {f"train_{number}.png": 1 for number in range(4)}
@@ -139,7 +139,7 @@ def test_test_images_are_read_first_and_the_training_pass_ends_once_more_are_unr
         Path(name).write_bytes(b"text")
     assert job()[2].splitlines()[-1] == "error: train.txt: 3 of 12 images can't be read; fix or remove these lines"
     seen.clear()
-    monkeypatch.setattr("transfer.features.SHOWN_PROBLEMS", 1)
+    monkeypatch.setattr("transfer.extraction.SHOWN_PROBLEMS", 1)
     status, _, err = job()
     assert status == 1 and err.splitlines() == [
         "error: train.txt:2: red/train_1.png: not an image",

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT, run_main
+from processes import run_code
 
 from transfer.system.flags import parse_predict_args, parse_train_args
 
@@ -74,7 +75,7 @@ def test_help_and_slips_are_answered_before_torch_is_imported(tmp_path, script):
     for argv, status in (["--help"], 0), (["--xyzzy"], 2):
         code = f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv[1:] = {argv!r}; "
         code += f"runpy.run_path('{script}', run_name='__main__')"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        done = run_code(code)
         assert done.returncode == status and "imported torch" not in done.stderr
 
 

@@ -2,11 +2,9 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
-from processes import ROOT, run_script
+from processes import run_code, run_script
 
 from transfer.system.console import Progress
 from transfer.system.signals import check_stop, hold_signals, stop_on_signals
@@ -89,7 +87,7 @@ def test_a_second_signal_long_after_the_first_ends_the_process_at_once():
         "    try: signal.raise_signal(signal.SIGTERM)\n"
         "    finally: time.sleep(0.2); signal.raise_signal(signal.SIGINT); print('still here')"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = run_code(code)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped by Ctrl-C\n")
 
 

@@ -88,7 +88,8 @@ def load_data(
     train, problems = read_source(train_path, root)
     problems += check_depth(train_path, train) if train.is_folder else []
     classes = class_names(train, classes_path) if len(train) else []
-    folders = own_names(train) if len(train) else []  # in the order that --classes gave them
+    # In the order that --classes gave them; without it they are the classes, and need not be looked for again.
+    folders = own_names(train) if classes_path and len(train) else [*classes]
     test_path = test_path or find_test_list(train_path, train, root, quiet=bool(problems))
     paths = [path for path in (val_path, test_path) if path]
     held_out, more = read_held_out(paths, root, train, folders)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from transfer.inputs.labels import is_path_alone, same_name, split_lines, split_table
-from transfer.inputs.lists import ImageList, as_stored, file_problem, missing_hint, read_text
+from transfer.inputs.lists import ImageList, as_stored, listed_problem, read_text
 from transfer.system.console import first_three, plural, printable
 
 LEAVE_OUT = "-"  # in a label's place
@@ -132,10 +132,8 @@ class Corrections:
         """
         added = []
         for where, entry, path, label in (each for key, each in self.by_path.items() if key not in used):
-            if problem := file_problem(path):
-                file = Path(where.rpartition(":")[0])
-                hint = missing_hint(entry, file) if problem == "no such image" else "fix or remove the line"
-                self.problems.append(f"{where}: {printable(entry)}: {problem}; {hint}")
+            if problem := listed_problem(entry, path, Path(where.rpartition(":")[0])):
+                self.problems.append(f"{where}: {problem}")
             elif label is not None:
                 added.append((path, label))
         return added

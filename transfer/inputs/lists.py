@@ -117,6 +117,14 @@ def missing_hint(path: bytes, list_path: Path) -> str:
     return "paths are relative to the working directory, or to --root DIR"
 
 
+def listed_problem(entry: bytes, path: bytes, list_path: Path) -> str | None:
+    """What is wrong with the file of a line, and what to do; None where it may be an image. entry: as it is written."""
+    if not (problem := file_problem(path)):
+        return None
+    hint = missing_hint(entry, list_path) if problem == "no such image" else "fix or remove the line"
+    return f"{printable(entry)}: {problem}; {hint}"
+
+
 class ListsError(UserError):
     """All that is wrong in the lists: the first ten problems and their number."""
 
@@ -185,9 +193,8 @@ def read_list(list_path: Path, root: Path, check_files: bool = True) -> tuple[Im
                 both = f"label {here} here and {labels.show(before)} on line {lines[earlier]}"
                 problems.append(f"{name}:{number}: {printable(entry)} has {both}; keep one of the two")
             continue
-        if check_files and (problem := file_problem(path)):
-            hint = missing_hint(entry, list_path) if problem == "no such image" else "fix or remove the line"
-            problems.append(f"{name}:{number}: {printable(entry)}: {problem}; {hint}")
+        if check_files and (problem := listed_problem(entry, path, list_path)):
+            problems.append(f"{name}:{number}: {problem}")
         paths.append(path)
         labels.values.append(labels.number(fields))
         lines.append(number)

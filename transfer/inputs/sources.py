@@ -21,6 +21,8 @@ from transfer.inputs.lists import LIST_SUFFIXES, ImageList, ListsError, as_store
 from transfer.system.console import UserError, nearest_path, printable, warn
 from transfer.system.files import open_regular, path_digest
 
+LONGEST_PATH = 4096  # letters, as most systems have it
+
 
 class Source(NamedTuple):
     """The images that one argument names. labelled: None of a folder whose folders may have the classes' names."""
@@ -72,8 +74,12 @@ def check_arguments(arguments: Sequence[str]) -> None:
     for first, argument in enumerate(arguments):
         if os.path.lexists(argument) or glob.has_magic(argument):
             continue
-        for last in range(first + 1, len(arguments)):
-            if os.path.exists(whole := " ".join(arguments[first : last + 1])):
+        whole = argument
+        for more in arguments[first + 1 :]:
+            whole = f"{whole} {more}"
+            if len(whole) > LONGEST_PATH:
+                break
+            if os.path.exists(whole):
                 raise UserError(f"a path with spaces needs quotes: {shlex.quote(printable(whole))}")
         if hint := nearest_path(Path(argument)):
             warn(f"{printable(argument)}: no such file{hint}")

@@ -31,13 +31,7 @@ import train  # noqa: E402
 from transfer.backbone import backbone_of, inference_copy  # noqa: E402
 from transfer.calibration import calibrate, collect_logits  # noqa: E402
 from transfer.checkpoint import load_backbone  # noqa: E402
-from transfer.crossval import (  # noqa: E402
-    assign_folds,
-    class_in_other_folds,
-    cross_val_logits,
-    group_split,
-    out_of_fold_logits,
-)
+from transfer.crossval import assign_folds, class_in_other_folds, cross_val_logits, group_split, train_fold_heads  # noqa: E402
 from transfer.device import pick_compute  # noqa: E402
 from transfer.extraction import extract_features  # noqa: E402
 from transfer.features import Features, Split, Splits  # noqa: E402
@@ -179,12 +173,11 @@ def cross_validated(features: Tensor, labels: Tensor, groups: Tensor, seed: int)
     """Accuracy in percent of heads on images that they never saw."""
     fold = assign_folds(labels, groups, seed=seed)
     lrs, num_classes = [HPARAMS.lr] * HPARAMS.epochs, int(labels.max()) + 1
-    right, known = torch.zeros(len(labels)), class_in_other_folds(labels, fold)
-    for rows, logits in out_of_fold_logits(
+    heads = train_fold_heads(
         features, labels, fold, num_classes=num_classes, lrs=lrs, batch_size=HPARAMS.batch_size, seed=seed
-    ):
-        right[rows] = (logits.argmax(1) == labels[rows]).float()
-    return 100 * float(right[known].double().mean())
+    )
+    known = class_in_other_folds(labels, fold).nonzero().flatten()
+    return 100 * float((heads[known].argmax(1) == labels[known]).double().mean())
 
 
 def compare_groups(source: Source) -> tuple:

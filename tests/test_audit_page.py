@@ -54,7 +54,7 @@ def case(folder, classes=4, findings=5, name="class", path="photo"):
         torch.full((classes,), 50),
         torch.tensor([[0.2] * classes, [0.3] * classes, [0.7] * classes]),
     )
-    return Audit(*splits, qualities, curve, found), [f"{name} {number}" for number in range(classes)]
+    return Audit(*splits, qualities, count, curve, found), [f"{name} {number}" for number in range(classes)]
 
 
 def written(tmp_path, audit, names, model="best.pth", earlier=()):

@@ -60,11 +60,11 @@ def test_candidates_are_pairs_of_different_images_each_once():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(30, 1, 16, generator=generator)
     features[20:] = features[:10] + 0.01 * torch.randn(10, 1, 16, generator=generator)
-    pairs = candidates(features[:, 0], features, nearest(features[:, 0], features, True)[1], itself=True).tolist()
+    pairs = candidates(features, features, nearest(features, features, True)[1], itself=True).tolist()
     assert len(set(map(tuple, pairs))) == len(pairs) and all(query > key for query, key in pairs)
     assert {(20 + n, n) for n in range(10)} <= set(map(tuple, pairs)) and len(pairs) < 40
-    near = nearest(features[:1, 0], features[:1], itself=True)[1]
-    assert candidates(features[:1, 0], features[:1], near, itself=True).shape == (0, 2)
+    near = nearest(features[:1], features[:1], itself=True)[1]
+    assert candidates(features[:1], features[:1], near, itself=True).shape == (0, 2)
 
 
 @pytest.mark.parametrize("change", COPIES)

@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score
 
 from transfer.audit import label_errors
 from transfer.audit.label_errors import fit_noise_rate, score_labels, score_labels_out_of_fold
-from transfer.crossval import assign_folds, out_of_fold_logits
+from transfer.crossval import FoldHeads, assign_folds, train_fold_heads
 
 RECIPE = {"num_classes": 20, "lrs": [0.005] * 20, "batch_size": 64}
 
@@ -73,9 +73,7 @@ def test_a_model_that_knows_too_little_is_weak_and_has_no_suspects(sample, table
 def test_the_order_is_that_of_cleanlabs_self_confidence(sample, table):
     labels = swapped(sample["train"].features.labels, 0.05, 1)
     fold = assign_folds(labels, torch.arange(len(labels)))
-    logits = torch.empty(len(labels), 20)
-    for rows, values in out_of_fold_logits(table, labels, fold, **RECIPE, seed=0):
-        logits[rows] = values
+    logits = train_fold_heads(table, labels, fold, **RECIPE, seed=0)[torch.arange(len(labels))]
     found = score_labels(logits, labels)
     probs = (logits.double() / found.temperature).softmax(1).numpy()
     theirs = get_label_quality_scores(labels.numpy(), probs, method="self_confidence")
@@ -133,12 +131,35 @@ def test_of_a_long_list_sorted_by_class_all_parts_have_a_say(monkeypatch):
     assert torch.allclose(part.confidence, whole.confidence, atol=0.1)
 
 
-def test_of_many_classes_one_table_of_logits_is_all_that_is_kept(monkeypatch):
+def test_of_many_classes_not_all_logits_are_kept(monkeypatch):
     count, features, labels = 24_000, torch.randn(24_000, 1, 16), torch.arange(24_000) % 1000
-    heads = torch.randn(16, 10 * 1000), torch.zeros(10 * 1000)
-    monkeypatch.setattr("transfer.crossval.train_fold_heads", lambda *_, **__: heads)
+    weights = torch.randn(16, 10 * 1000), torch.zeros(10 * 1000)
+    monkeypatch.setattr(
+        label_errors, "train_fold_heads", lambda table, labels, fold, **_: FoldHeads(table, fold, *weights, 1000, 1)
+    )
     monkeypatch.setattr(label_errors, "MAX_LOGITS", 100_000)
     work = lambda: score_labels_out_of_fold(  # noqa: E731
         features, labels, torch.arange(count), num_classes=1000, lrs=[0.005], batch_size=64
     )
-    assert growth(work) < 2.5 * 4 * count * 1000  # four tables and more where rounds are added and divided as a whole
+    assert growth(work) < 0.8 * 4 * count * 1000
+
+
+def test_of_very_many_images_and_classes_heads_are_trained_on_a_part_and_judge_all(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(1200) % 4
+    features = 3 * torch.randn(4, 16, generator=generator)[labels] + torch.randn(1200, 16, generator=generator)
+    changed = swapped(labels, 0.05, 0, 4)
+    trained_on = []
+
+    def watched(*args, train_rows, **options):
+        trained_on.append((len(train_rows), int(args[2].max()) + 1))
+        return train_fold_heads(*args, train_rows=train_rows, **options)
+
+    monkeypatch.setattr(label_errors, "train_fold_heads", watched)
+    monkeypatch.setattr(label_errors, "MOST_TRAINED", 2400)
+    found = score_labels_out_of_fold(
+        features[:, None], changed, torch.arange(1200), num_classes=4, lrs=[0.005] * 20, batch_size=64
+    )
+    assert trained_on == [(300, 2)] * 2 and label_errors.trainable(60, 4) == (60, 10)
+    assert set(found.suspects.tolist()) == set((labels != changed).nonzero().flatten().tolist())
+    assert (found.suggested[changed != labels] == labels[changed != labels]).all()

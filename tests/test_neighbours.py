@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfer import neighbours
+from transfer.features import Features
 from transfer.neighbours import nearest
 
 
@@ -15,11 +16,11 @@ from transfer.neighbours import nearest
 def test_the_nearest_are_those_that_all_distances_give(queries, keys, views, itself, seed):
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(keys, views, 6, generator=generator)
-    queries = keys[:, 0] if itself else torch.randn(queries, 6, generator=generator)
+    queries = keys if itself else torch.randn(queries, 1, 6, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbours, "TILE", 7)
         distances, rows = nearest(queries, keys, itself)
-    expected = torch.cdist(queries.double(), keys.double().transpose(0, 1)).amin(0)
+    expected = torch.cdist(queries[:, 0].double(), keys.double().transpose(0, 1)).amin(0)
     if itself:
         expected.fill_diagonal_(torch.inf)
     wanted = expected.sort(1).values[:, : min(8, len(keys) - itself)]
@@ -31,21 +32,33 @@ def clusters(count, width, seed=0):
     """Features of so many images in clusters of 50."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(count // 50, width, generator=generator)
-    return centres.repeat_interleave(50, 0) + 0.5 * torch.randn(count // 50 * 50, width, generator=generator)
+    noise = torch.randn(count // 50 * 50, width, generator=generator)
+    return (centres.repeat_interleave(50, 0) + 0.5 * noise)[:, None]
 
 
 def test_through_cells_nearly_all_of_the_nearest_are_found(monkeypatch):
     keys = clusters(4000, 32)
-    exact_distances, exact = nearest(keys, keys[:, None], True)
+    exact_distances, exact = nearest(keys, keys, True)
     monkeypatch.setattr(neighbours, "EXACT", 1000)
-    distances, rows = nearest(keys, keys[:, None], True)
+    distances, rows = nearest(keys, keys, True)
     found = (rows[:, :, None] == exact[:, None]).any(2).double().mean()
     assert found > 0.95 and not (rows == torch.arange(len(keys))[:, None]).any()
     assert torch.allclose(distances[rows == exact], exact_distances[rows == exact], atol=1e-3)
-    assert torch.equal(rows, nearest(keys, keys[:, None], True)[1])  # drawn by seed
+    assert torch.equal(rows, nearest(keys, keys, True)[1])  # drawn by seed
 
 
 def test_the_memory_of_the_search_does_not_grow_with_the_keys():
-    queries = torch.randn(8, 512)
+    queries = torch.randn(8, 1, 512)
     few, many = (torch.randn(count, 2, 512) for count in (4096, 40_960))  # 17 and 168 MB
     assert growth(lambda: nearest(queries, many)) - growth(lambda: nearest(queries, few)) < 40 << 20
+
+
+def test_features_mapped_in_chunks_have_the_neighbours_of_one_tensor(monkeypatch):
+    table = clusters(300, 8)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    chunks = torch.empty_like(table)
+    chunks[order] = table
+    mapped = Features(chunks.split(64), 64, torch.zeros(300, dtype=torch.int64), places=order)
+    monkeypatch.setattr(neighbours, "EXACT", 100)
+    for ours, theirs in zip(nearest(mapped, mapped, True), nearest(table, table, True), strict=True):
+        assert torch.equal(ours, theirs)

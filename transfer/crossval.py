@@ -5,17 +5,17 @@ are linked into groups, whole groups are assigned to folds, and each image's log
 fold. The K heads are trained at once, as one product of features that are known: seconds.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from transfer.distributed import broadcast, is_main_process
-from transfer.features import Features, Split
+from transfer.features import Features, Split, batches_of
 from transfer.groups import near_duplicates
-from transfer.system.console import UserError
-from transfer.system.signals import check_stop
+from transfer.system.console import QUIET, Progress, UserError, track
 from transfer.training import Hyperparameters, epoch_views
 
 BLOCK = 1024  # rows of a product at a time
@@ -32,15 +32,16 @@ def assign_folds(labels: Tensor, groups: Tensor, k: int = 5, seed: int = 0) -> T
     sizes = groups.bincount()
     label_of = torch.empty_like(sizes).scatter_(0, groups, labels).tolist()
     shuffled = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
-    order = shuffled[sizes[shuffled].argsort(descending=True, stable=True)].tolist()
-    of_class, in_all, fold = [[0] * k for _ in range(max(label_of) + 1)], [0] * k, torch.empty_like(sizes)
-    for group, size in zip(order, sizes[order].tolist(), strict=True):
-        mine = of_class[label_of[group]]
-        chosen = min(range(k), key=lambda number: (mine[number], in_all[number]))
-        mine[chosen] += size
-        in_all[chosen] += size
-        fold[group] = chosen
-    return fold[groups]
+    order = shuffled[sizes[shuffled].argsort(descending=True, stable=True)]
+    of_class, in_all, fold = [[0] * k for _ in range(max(label_of) + 1)], [0] * k, [0] * len(sizes)
+    for some in track("folds:", order.split(BLOCK)):
+        for group, size in zip(some.tolist(), sizes[some].tolist(), strict=True):
+            mine = of_class[label_of[group]]
+            chosen = min(range(k), key=lambda number: (mine[number], in_all[number]))
+            mine[chosen] += size
+            in_all[chosen] += size
+            fold[group] = chosen
+    return torch.tensor(fold)[groups]
 
 
 def class_in_other_folds(labels: Tensor, fold: Tensor) -> Tensor:
@@ -50,8 +51,38 @@ def class_in_other_folds(labels: Tensor, fold: Tensor) -> Tensor:
     return table[labels].sum(1) > table[labels, fold]
 
 
-def out_of_fold_logits(
-    features: Tensor,
+@dataclass(frozen=True)
+class FoldHeads:
+    """Heads that were each trained without one fold: heads[rows] are the logits (n, C) of images from the head that
+    never saw their fold. They are computed when asked for, since all together take more memory than the features where
+    classes are many.
+
+    features: (N, V, D), of which the mean of the first num_views counts; fold: (N,); weights: (D, K * C) and bias:
+    (K * C,), of the K heads side by side.
+    """
+
+    features: Tensor | Features
+    fold: Tensor
+    weights: Tensor
+    bias: Tensor
+    num_classes: int
+    num_views: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.fold), self.num_classes
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        inputs, fold = self.features[rows, : self.num_views].mean(1), self.fold[rows]
+        logits = torch.empty(len(rows), self.num_classes)
+        for number in fold.unique().tolist():
+            here, own = fold == number, slice(number * self.num_classes, (number + 1) * self.num_classes)
+            logits[here] = torch.addmm(self.bias[own], inputs[here], self.weights[:, own])
+        return logits
+
+
+def train_fold_heads(
+    features: Tensor | Features,
     labels: Tensor,
     fold: Tensor,
     *,
@@ -60,60 +91,46 @@ def out_of_fold_logits(
     batch_size: int,
     seed: int,
     train_rows: Tensor | None = None,
-    average_views: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits of each image from a head that was trained as the real one was, but without the image's fold: some rows
-    (n,) and their logits (n, C) at a time, since all together are larger than the features where classes are many.
+    num_views: int = 1,
+) -> FoldHeads:
+    """The heads of all K folds at once, each trained without its fold.
 
     features: (N, V, D); labels, fold: (N,). lrs: Adam's learning rate in each epoch, as the real head had them up to
     the epoch that was kept: only then are these logits as large as its own, and a temperature fitted on them fits it.
-    train_rows: the rows that heads may be trained on, (M,); by default all. average_views: how many views of an image
-    its logits are the mean of.
+    train_rows: the rows that heads may be trained on, (M,); by default all. num_views: how many views of an image its
+    logits are the mean of.
     """
+    heads, (_, views, width) = int(fold.max()) + 1, features.shape
     train_rows = torch.arange(len(labels)) if train_rows is None else train_rows
-    weights, bias = train_fold_heads(
-        features, labels, fold, train_rows, num_classes=num_classes, lrs=lrs, batch_size=batch_size, seed=seed
-    )
-    for number in range(int(fold.max()) + 1):
-        own = slice(number * num_classes, (number + 1) * num_classes)
-        for rows in (fold == number).nonzero().flatten().split(BLOCK):
-            yield rows, torch.addmm(bias[own], features[rows, :average_views].mean(1), weights[:, own])
-
-
-def train_fold_heads(
-    features: Tensor,
-    labels: Tensor,
-    fold: Tensor,
-    train_rows: Tensor,
-    *,
-    num_classes: int,
-    lrs: Sequence[float],
-    batch_size: int,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    """The heads of all K folds side by side, each trained without its fold: weights (D, K * C), bias (K * C,)."""
-    heads, width = int(fold.max()) + 1, features.shape[2]
     generator = torch.Generator().manual_seed(seed)
     bound = width**-0.5  # nn.Linear's
     weights = torch.empty(width, heads * num_classes).uniform_(-bound, bound, generator=generator).requires_grad_()
     bias = torch.empty(heads * num_classes).uniform_(-bound, bound, generator=generator).requires_grad_()
     optimizer = torch.optim.Adam([weights, bias], lr=lrs[0])
-    trained_on = (fold[:, None] != torch.arange(heads)).float()  # by which heads
+    other_folds = (fold[:, None] != torch.arange(heads)).float()  # the heads that an image trains
     drawn = round(batch_size * heads / max(1, heads - 1))  # so that each head's own batch is as large as asked
-    for epoch, lr in enumerate(lrs, 1):
+    epochs = [torch.tensor(epoch_views(epoch, views)) for epoch in range(1, len(lrs) + 1)]
+    progress = Progress("cross-validation:", len(train_rows) * sum(map(len, epochs)), quiet=QUIET)
+    for lr, views in zip(lrs, epochs, strict=True):
         optimizer.param_groups[0]["lr"] = lr
-        views = torch.tensor(epoch_views(epoch, features.shape[1]))
-        for batch in torch.randperm(len(train_rows) * len(views), generator=generator).split(drawn):
-            check_stop()
-            rows, view = train_rows[batch // len(views)], views[batch % len(views)]
-            logits = torch.addmm(bias, features[rows, view], weights).view(len(rows) * heads, num_classes)
-            losses = F.cross_entropy(logits, labels[rows].repeat_interleave(heads), reduction="none")
-            mine = trained_on[rows]
-            loss = (losses.view(-1, heads) * mine / mine.sum(0).clamp_min(1)).sum()  # Adam moves each head by its own
+        order = torch.randperm(len(train_rows) * len(views), generator=generator)
+        for rows, inputs in batches_of(features, train_rows[order // len(views)], views[order % len(views)], drawn):
+            loss = sum_of_means(torch.addmm(bias, inputs, weights), labels[rows], other_folds[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return weights.detach(), bias.detach()
+            progress.add(len(rows))
+    return FoldHeads(features, fold, weights.detach(), bias.detach(), num_classes, num_views)
+
+
+def sum_of_means(logits: Tensor, labels: Tensor, mine: Tensor) -> Tensor:
+    """The sum over K heads of each one's mean loss, of which Adam moves each head by its own: a scalar.
+
+    logits: (n, K * C); labels: (n,); mine: (n, K), 1 where the head is trained on the image, else 0.
+    """
+    heads = mine.shape[1]
+    losses = F.cross_entropy(logits.view(len(labels) * heads, -1), labels.repeat_interleave(heads), reduction="none")
+    return (losses.view(-1, heads) * mine / mine.sum(0).clamp_min(1)).sum()
 
 
 def stratified_group_holdout(labels: Tensor, groups: Tensor, fraction: float, seed: int) -> Tensor:
@@ -151,7 +168,7 @@ def group_split(split: Split, fraction: float, seed: int, none_to_spare: str) ->
     held, features = None, split.features
     labels = features.labels[features.rows]
     if is_main_process():  # which alone has features
-        groups = near_duplicates(features.gather(features.rows, slice(2)), labels)
+        groups = near_duplicates(features.subset(features.rows), labels)
         held = stratified_group_holdout(labels, groups, fraction, seed)
         single = held & ~in_several_groups(features.content_hashes()[features.rows], groups)
         held = single if single.any() else held  # where all images look alike to the backbone, they are no copies
@@ -168,17 +185,16 @@ class CrossValidation:
     features: (n, V, D); labels, groups, fold: (n,); known: (n,), whose class lies in other folds too.
     """
 
-    def __init__(self, features: Tensor, labels: Tensor, seed: int):
+    def __init__(self, features: Tensor | Features, labels: Tensor, seed: int):
         self.features, self.labels, self.seed = features, labels, seed
-        self.groups = near_duplicates(self.features[:, :2], self.labels)
+        self.groups = near_duplicates(self.features, self.labels)
         self.fold = assign_folds(self.labels, self.groups, seed=seed)
         self.known = class_in_other_folds(self.labels, self.fold)
 
     def logits(self, lrs: Sequence[float], batch_size: int) -> Tensor:
         """Out of fold, of all n images: (n, C)."""
         num_classes = int(self.labels.max()) + 1
-        logits = torch.empty(len(self.labels), num_classes)
-        for rows, values in out_of_fold_logits(
+        heads = train_fold_heads(
             self.features,
             self.labels,
             self.fold,
@@ -186,9 +202,8 @@ class CrossValidation:
             lrs=lrs,
             batch_size=batch_size,
             seed=self.seed,
-        ):
-            logits[rows] = values
-        return logits
+        )
+        return torch.cat([heads[rows] for rows in torch.arange(len(self.labels)).split(BLOCK)])
 
 
 def cross_val_logits(

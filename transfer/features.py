@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,9 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from transfer.distributed import get_rank
-from transfer.system.console import first_three, printable, warn
+from transfer.system.console import first_three, printable, track, warn
 
 BLOCK = 1024  # rows at a time
+GATHERED = 4096  # rows of batches at a time: of many mapped chunks each is looked into once for all of them
 
 
 class Features:
@@ -37,7 +39,18 @@ class Features:
         readable = torch.ones(len(labels), dtype=torch.bool)
         readable[list(self.unreadable)] = False
         self.rows = readable.nonzero().flatten()
-        self.places = places
+        self.places, self.num_views = places, chunks[0].shape[1] if chunks else 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self), self.num_views, self.chunks[0].shape[2]
+
+    def __getitem__(self, key: Tensor | tuple[Tensor, int | Tensor | slice]) -> Tensor:
+        """As of a tensor (n, V, D): features[rows] is (len(rows), V, D), features[rows, views] what `gather` gives."""
+        return self.gather(*key) if isinstance(key, tuple) else self.gather(key, slice(None))
 
     def only(self, rows: Tensor) -> "Features":
         """The same features, of which these rows are meant."""
@@ -45,35 +58,41 @@ class Features:
         part.rows = rows
         return part
 
-    def subset(self, rows: Tensor) -> "Features":
-        """The features of these images alone, numbered anew."""
+    def subset(self, rows: Tensor, num_views: int | None = None) -> "Features":
+        """The features of these images alone, numbered anew; num_views: the first so many views of them alone."""
         part = copy.copy(self)
         part.places = rows if self.places is None else self.places[rows]
         part.labels, part.rows, part.unreadable = self.labels[rows], torch.arange(len(rows)), {}
+        part.num_views = min(self.num_views, num_views or self.num_views)
         return part
 
-    @property
-    def num_views(self) -> int:
-        return self.chunks[0].shape[1]
+    def joined(self, other: "Features") -> "Features":
+        """These images, and after them those of another subset of the same features."""
+        both = copy.copy(self)
+        both.places, both.labels = torch.cat([self.places, other.places]), torch.cat([self.labels, other.labels])
+        both.rows = torch.arange(len(both))
+        return both
 
     def gather(self, rows: Tensor, views: int | Tensor | slice) -> Tensor:
         """Of some rows one view, the same or each its own, (len(rows), D); or several, (len(rows), V, D)."""
-        rows = rows if self.places is None else self.places[rows]
-        if len(self.chunks) == 1:
-            return self.chunks[0][rows, views]
-        gathered = None
-        for chunk in (rows // self.step).unique().tolist():
-            here = rows // self.step == chunk
-            found = self.chunks[chunk][rows[here] - chunk * self.step, views[here] if torch.is_tensor(views) else views]
-            gathered = found.new_empty(len(rows), *found.shape[1:]) if gathered is None else gathered
-            gathered[here] = found
-        return gathered
+        places = (rows if self.places is None else self.places[rows]).numpy()
+        several, width = isinstance(views, slice), self.chunks[0].shape[2]
+        views = slice(*views.indices(self.num_views)) if several else np.broadcast_to(views, len(places))
+        shape = (len(places), len(range(self.num_views)[views]), width) if several else (len(places), width)
+        gathered = np.empty(shape, np.float32)
+        order = places.argsort(kind="stable")  # so that each of many chunks is looked into once
+        chunks, inside = np.divmod(places[order], self.step)
+        cuts = np.flatnonzero(np.diff(chunks, prepend=-1, append=-1)).tolist()
+        for first, last in itertools.pairwise(cuts):
+            here, chunk = order[first:last], self.chunks[chunks[first]].numpy()
+            gathered[here] = chunk[inside[first:last], views if several else views[here]]
+        return torch.from_numpy(gathered)
 
     def batches(self, rows: Tensor, views: int | Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(features, labels), batch by batch, of rows in order: of each the same view, or its own (len(rows),)."""
-        for start in range(0, len(rows), batch_size):
-            batch = slice(start, start + batch_size)
-            yield self.gather(rows[batch], views[batch] if torch.is_tensor(views) else views), self.labels[rows[batch]]
+        views = views if torch.is_tensor(views) else torch.full_like(rows, views)
+        for some, features in batches_of(self, rows, views, batch_size):
+            yield features, self.labels[some]
 
     def content_hashes(self) -> Tensor:
         """A hash of each image's features in the evaluation view: (n,), int64."""
@@ -93,6 +112,27 @@ class Features:
                 first = number * self.step + start
                 hashes[first : first + len(features)] = (features.view(torch.int32).long() * odd).sum(1)
         return hashes
+
+
+def batches_of(
+    features: Tensor | Features, rows: Tensor, views: Tensor, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(rows, their features (n, D)), batch by batch, of each row its own view; (N,) each."""
+    many = batch_size * max(1, GATHERED // batch_size)
+    for some, their in zip(rows.split(many), views.split(many), strict=True):
+        yield from zip(some.split(batch_size), features[some, their].split(batch_size), strict=True)
+
+
+def moments(features: Tensor | Features) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the first view of n images, (D,) each; no deviation is 0."""
+    parts, width = torch.arange(len(features)).split(BLOCK), features.shape[2]
+    total, squares = torch.zeros(2, width, dtype=torch.float64)
+    for rows in track("mean:", parts):
+        total += features[rows, 0].sum(0, dtype=torch.float64)
+    mean = total / len(features)
+    for rows in track("deviation:", parts):
+        squares += (features[rows, 0] - mean).square().sum(0)
+    return mean.float(), (squares / len(features)).sqrt().float().clamp_min(1e-6)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """Groups: images of a class that may show the same scene, found among kept features, so that they stay together."""
 
 import heapq
-from collections.abc import Callable
+import itertools
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from transfer.neighbours import EXACT, nearest
-from transfer.system.console import Progress
+from transfer.features import Features, moments
+from transfer.neighbours import nearest
+from transfer.system.console import QUIET, Progress, track
 
 CHANCE = 0.001  # of the pairs of different classes, the share that is more similar than near-duplicates must be
 CHANCE_LINKS = 0.1  # and at most so many links per image by chance, however large its class
@@ -21,55 +22,73 @@ SAMPLE = 2000  # images that the similarity of different classes is measured on:
 BLOCK = 1024  # rows of a product at a time
 
 
-def near_duplicates(features: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
+class Residuals:
+    """Features of the first view less the mean of their class, each divided by its deviation over the list, as unit
+    vectors.
+
+    features: (N, V, D); labels: (N,), from 0.
+    """
+
+    def __init__(self, features: Tensor | Features, labels: Tensor):
+        self.features, self.labels = features, labels
+        _, self.deviation = moments(features)
+        counts = torch.bincount(labels).clamp_min(1)
+        sums = torch.zeros(len(counts), features.shape[2], dtype=torch.float64)
+        for rows in track("classes:", torch.arange(len(labels)).split(BLOCK)):
+            sums.index_add_(0, labels[rows], features[rows, 0].double())
+        self.means = (sums / counts[:, None]).float()
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Of some rows, (n, D)."""
+        return F.normalize((self.features[rows, 0] - self.means[self.labels[rows]]) / self.deviation, dim=1)
+
+    def distances(self, rows: Tensor, others: Tensor, view: int = 0) -> Tensor:
+        """Squared distances between images and a view of others, in deviations: (n,)."""
+        parts = zip(rows.split(BLOCK), others.split(BLOCK), strict=True)
+        pairs = ((self.features[some, 0], self.features[other, view]) for some, other in parts)
+        return torch.cat([((first - second) / self.deviation).square().sum(1) for first, second in pairs])
+
+
+def near_duplicates(features: Tensor | Features, labels: Tensor, seed: int = 0) -> Tensor:
     """Groups (N,), numbered from 0, of images of one class that may show the same scene.
 
-    features: (N, D), of the evaluation view, or (N, V, D), with the mirror image's after it; labels: (N,), from 0.
-    Similarity is the cosine of two images' residuals (features less the mean of their class, each divided by its
-    deviation over the list) less the level of both: what 1 in 50 images of other classes exceeds. The class mean goes
-    first, since with a good backbone all images of a class are similar; the level, since some images are similar to
-    all others.
+    features: (N, V, D), of the evaluation view, and the mirror image's after it where it is kept; labels: (N,), from 0.
+    Similarity is the cosine of two images' residuals (see `Residuals`) less the level of both: what 1 in 50 images of
+    other classes exceeds. The class mean goes first, since with a good backbone all images of a class are similar; the
+    level, since some images are similar to all others.
     Two images are linked where that exceeds all but 1 in 1000 pairs of different classes, which no shared scene
     explains, and where they lie at most three times as far apart as from their mirror images: kinds of a class, such as
     a texture's, are similar too, but not so near. Groups are stars: the image with the most links takes those it is
     linked to, and again until no link is left; a chain of links may run through a whole class.
     """
-    views = features if features.dim() == 3 else features[:, None]
-    counts = torch.bincount(labels)
-    means = views.new_zeros(len(counts), views.shape[2]).index_add_(0, labels, views[:, 0])
-    means /= counts.clamp_min(1)[:, None]
-    deviation = views[:, 0].std(0, correction=0).clamp_min(1e-6)
-
-    def residuals(rows: Tensor) -> Tensor:
-        return F.normalize((views[rows, 0] - means[labels[rows]]) / deviation, dim=1)
-
-    levels, by_chance = similarity_by_chance(residuals, labels, seed)
+    residuals, counts = Residuals(features, labels), torch.bincount(labels)
+    levels, by_chance = similarity_by_chance(residuals, seed)
     groups = torch.arange(len(labels))
-    progress = Progress("near-duplicates:", int(counts[counts > 2].sum())) if len(labels) > EXACT else None
+    progress = Progress("near-duplicates:", int(counts[counts > 2].sum()), quiet=QUIET)
     for rows in labels.argsort(stable=True).split(counts.tolist()):
         if len(rows) < 3 or not len(by_chance):  # of two images each residual is the other's opposite
             continue
         share = min(1, CHANCE_LINKS / len(rows) / CHANCE)
         # The n residuals of a class sum to 0, which lowers their cosines by 1 / (n - 1).
         threshold = by_chance[min(int(share * len(by_chance)), len(by_chance) - 1)].item() - 1 / (len(rows) - 1)
-        links = links_within(residuals(rows), levels[rows], threshold, seed=seed, progress=progress)
-        if views.shape[1] > 1:
-            links = [links[0], links[1] & within_mirrors(views, rows, links, deviation)]
+        units = torch.cat([residuals[some] for some in rows.split(BLOCK)])
+        links = links_within(units, levels[rows], threshold, seed=seed, progress=progress)
+        if features.shape[1] > 1:
+            links = [links[0], links[1] & within_mirrors(residuals, rows, links)]
         groups[rows] = rows[stars(*links, max(2, int(LARGEST * len(rows))))]
     return groups.unique(return_inverse=True)[1]
 
 
-def similarity_by_chance(residuals: Callable[[Tensor], Tensor], labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def similarity_by_chance(residuals: Residuals, seed: int) -> tuple[Tensor, Tensor]:
     """The level of each image (N,), and the largest similarities of pairs of different classes, CHANCE of them all,
     descending: both from a sample drawn by seed.
-
-    residuals: of rows, (n, D) as unit vectors.
     """
+    labels = residuals.labels
     sample = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:SAMPLE]
-    others, levels = residuals(sample), []
-    for rows in torch.arange(len(labels)).split(BLOCK):
+    others, levels = residuals[sample], []
+    for rows in track("similarity by chance:", torch.arange(len(labels)).split(BLOCK)):
         differ = labels[rows, None] != labels[sample]
-        cosines = (residuals(rows) @ others.T).masked_fill_(~differ, -1)
+        cosines = (residuals[rows] @ others.T).masked_fill_(~differ, -1)
         ranks = (OWN_LEVEL * differ.sum(1)).long().clamp_min(1)
         levels.append(cosines.topk(int(ranks.max()), dim=1).values.gather(1, ranks[:, None] - 1)[:, 0])
     levels = torch.cat(levels)
@@ -79,36 +98,31 @@ def similarity_by_chance(residuals: Callable[[Tensor], Tensor], labels: Tensor, 
 
 
 def links_within(
-    residuals: Tensor, levels: Tensor, threshold: float, *, seed: int, progress: Progress | None
+    residuals: Tensor, levels: Tensor, threshold: float, *, seed: int, progress: Progress
 ) -> tuple[Tensor, Tensor]:
     """Of each image of a class the most similar others (n, K), in order, and which of them it is linked to, (n, K).
 
     residuals: (n, D), unit vectors; levels: (n,).
     """
-    distances, near = nearest(residuals, residuals[:, None], True, count=LINKS, seed=seed, progress=progress)
+    units = residuals[:, None]
+    distances, near = nearest(units, units, True, count=LINKS, seed=seed, progress=progress)
     similar = 1 - distances.square() / 2 - (levels[:, None] + levels[near]) / 2
     similar, order = similar.sort(dim=1, descending=True)
     return near.gather(1, order), similar > threshold
 
 
-def within_mirrors(views: Tensor, rows: Tensor, links: tuple[Tensor, Tensor], deviation: Tensor) -> Tensor:
+def within_mirrors(residuals: Residuals, rows: Tensor, links: tuple[Tensor, Tensor]) -> Tensor:
     """Which links (n, K) are between images at most MIRRORS times as far apart as they, in the geometric mean, are from
     their mirror images.
 
-    views: (N, V, D); rows: (n,), of a class; links: as `links_within` has them.
+    rows: (n,), of a class; links: as `links_within` has them.
     """
     near, linked = links
-
-    def squares(first: Tensor, second: Tensor) -> Tensor:
-        return ((first - second) / deviation).square().sum(1)
-
-    own = torch.cat([squares(views[some, 0], views[some, 1]) for some in rows.split(BLOCK)])
+    own = residuals.distances(rows, rows, view=1)
     here, there = linked.nonzero(as_tuple=True)
     there = near[here, there]
-    blocks = zip(rows[here].split(BLOCK), rows[there].split(BLOCK), strict=True)
-    apart = [squares(views[first, 0], views[second, 0]) for first, second in blocks]
     close = linked.clone()
-    close[linked] = torch.cat(apart) <= MIRRORS**2 * (own[here] * own[there]).sqrt()
+    close[linked] = residuals.distances(rows[here], rows[there]) <= MIRRORS**2 * (own[here] * own[there]).sqrt()
     return close
 
 
@@ -117,7 +131,8 @@ def stars(near: Tensor, linked: Tensor, most: int) -> Tensor:
 
     near: (n, K), rows by similarity; linked: (n, K), which of them an image is linked to.
     """
-    links = [row[mask].tolist() for row, mask in zip(near, linked, strict=True)]
+    flat, ends = near[linked].tolist(), [0, *linked.sum(1).cumsum(0).tolist()]
+    links = [flat[first:last] for first, last in itertools.pairwise(ends)]
     centres, free = torch.arange(len(near)).tolist(), [True] * len(near)
     queue = [(-min(len(mine), most - 1), centre) for centre, mine in enumerate(links) if mine]
     heapq.heapify(queue)

@@ -24,7 +24,8 @@ def unit_vectors(features: Tensor) -> Tensor:
 
 def typicality(units: Tensor, progress: Progress | None = None) -> Tensor:
     """Of each photo the mean cosine to its nearest ones, (N,): low of what stands alone. units: (N, D), of length 1."""
-    distances, _ = nearest(units, units[:, None], itself=True, count=NEIGHBOURS, progress=progress)
+    views = units[:, None]
+    distances, _ = nearest(views, views, itself=True, count=NEIGHBOURS, progress=progress)
     cosines = (1 - distances.square() / 2).clamp_min(0)  # of a neighbour that was not found the distance is inf
     return cosines.sum(1) / max(1, distances.shape[1])
 

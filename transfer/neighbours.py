@@ -1,4 +1,7 @@
-"""Neighbours: which keys lie nearest to each query among features, exactly, or through cells where they are many."""
+"""Neighbours: which keys lie nearest to each query among features, exactly, or through cells of them.
+
+Features are a tensor, or `Features` that may be mapped from disk: some rows are looked at at a time.
+"""
 
 import math
 from collections.abc import Iterator
@@ -6,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from transfer.system.console import Progress
+from transfer.features import Features
+from transfer.system.console import Progress, track
 from transfer.system.signals import check_stop
 
 NEAREST = 8  # neighbours of an image that are looked at
@@ -21,8 +25,8 @@ ROUNDS = 4  # of k-means: further ones move the centres, not the neighbours foun
 
 
 def nearest(
-    queries: Tensor,
-    keys: Tensor,
+    queries: Tensor | Features,
+    keys: Tensor | Features,
     itself: bool = False,
     *,
     count: int = NEAREST,
@@ -31,10 +35,10 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """Of each query the distances of its nearest keys, ascending, and their rows: (N, count) each; fewer of fewer keys.
 
-    queries: (N, D); keys: (M, V, D), of which that of the V views counts which is nearest. itself: the queries are the
-    keys' first views, and no image is its own neighbour. Exact up to EXACT keys; above, through cells that are drawn
-    by seed: a few neighbours are missed, and where a query's cells hold too few, its distance is inf and its row its
-    own place or 0. progress: counts each query that is done.
+    queries: (N, V, D), of which the first view counts; keys: (M, V, D), of which that of the V views counts which is
+    nearest. itself: the queries are the keys, and no image is its own neighbour. Exact up to EXACT keys; above, through
+    cells that are drawn by seed: a few neighbours are missed, and where a query's cells hold too few, its distance is
+    inf and its row its own place or 0. progress: counts each query that is done.
     """
     count = max(0, min(count, len(keys) - itself))
     best = torch.full((len(queries), count), torch.inf), torch.zeros(len(queries), count, dtype=torch.int64)
@@ -43,7 +47,7 @@ def nearest(
     pairs = all_tiles(queries, keys) if len(keys) <= EXACT else cell_tiles(queries, keys, seed)
     for rows, columns, done in pairs:
         check_stop()
-        found = squared_distances(queries[rows], keys[columns])
+        found = squared_distances(queries[rows, 0], keys[columns])
         if itself:
             found.masked_fill_(rows[:, None] == columns, torch.inf)
         near, places = found.topk(min(count, len(columns)), largest=False)
@@ -63,19 +67,21 @@ def squared_distances(queries: Tensor, keys: Tensor) -> Tensor:
     return found.add_(queries.square().sum(1, keepdim=True)).clamp_min_(0)
 
 
-def all_tiles(queries: Tensor, keys: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
+def all_tiles(queries: Tensor | Features, keys: Tensor | Features) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Rows of queries and of keys to compare, and how many queries are done with it: all with all."""
     for rows in torch.arange(len(queries)).split(TILE):
         for columns in torch.arange(len(keys)).split(TILE):
             yield rows, columns, len(rows) if columns[-1] == len(keys) - 1 else 0
 
 
-def cell_tiles(queries: Tensor, keys: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+def cell_tiles(queries: Tensor | Features, keys: Tensor | Features, seed: int) -> Iterator[tuple[Tensor, Tensor, int]]:
     """The same, of an inverted file: the keys of a cell with those queries whose nearest centres include its own."""
     centres = cell_centres(keys, seed)
-    members, sizes = sort_by(closest(keys[:, 0], centres, 1).flatten(), len(centres))
     probes = min(PROBES, len(centres))
-    askers, asked = sort_by(closest(queries, centres, probes).flatten(), len(centres))
+    near = closest(queries, centres, probes)
+    mine = near[:, :1] if queries is keys else closest(keys, centres, 1)
+    members, sizes = sort_by(mine.flatten(), len(centres))
+    askers, asked = sort_by(near.flatten(), len(centres))
     parts = 0  # of queries times probes
     for columns, rows in zip(members.split(sizes.tolist()), askers.split(asked.tolist()), strict=True):
         for some in (rows // probes).split(TILE) if len(columns) else ():
@@ -85,24 +91,25 @@ def cell_tiles(queries: Tensor, keys: Tensor, seed: int) -> Iterator[tuple[Tenso
                 yield some, part, parts // probes - before
 
 
-def cell_centres(keys: Tensor, seed: int) -> Tensor:
+def cell_centres(keys: Tensor | Features, seed: int) -> Tensor:
     """Centres (C, D) of cells of the first views: k-means on a sample, from drawn keys; an empty cell keeps its own."""
     cells = math.ceil(len(keys) / CELL)
     drawn = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed))[: cells * SAMPLED]
-    sample = keys[drawn, 0]
-    centres = sample[:cells].clone()
+    sample = keys[drawn, :1]
+    centres = sample[:cells, 0].clone()
     for _ in range(ROUNDS):
         mine = closest(sample, centres, 1).flatten()
         sizes = torch.bincount(mine, minlength=cells)
-        means = torch.zeros_like(centres).index_add_(0, mine, sample) / sizes.clamp_min(1)[:, None]
+        means = torch.zeros_like(centres).index_add_(0, mine, sample[:, 0]) / sizes.clamp_min(1)[:, None]
         centres = torch.where(sizes[:, None] > 0, means, centres)
     return centres
 
 
-def closest(rows: Tensor, centres: Tensor, count: int) -> Tensor:
-    """The numbers (N, count), int32, of the nearest centres (C, D) of each row (N, D)."""
+def closest(features: Tensor | Features, centres: Tensor, count: int) -> Tensor:
+    """The numbers (N, count), int32, of the nearest centres (C, D) of the first view of each image (N, V, D)."""
     half = centres.square().sum(1) / -2
-    return torch.cat([torch.addmm(half, some, centres.T).topk(count).indices.int() for some in rows.split(TILE)])
+    parts = track("cells of neighbours:", torch.arange(len(features)).split(TILE))
+    return torch.cat([torch.addmm(half, features[rows, 0], centres.T).topk(count).indices.int() for rows in parts])
 
 
 def sort_by(cells: Tensor, count: int) -> tuple[Tensor, Tensor]:

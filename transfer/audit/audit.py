@@ -8,25 +8,30 @@ from torch import Tensor
 
 from transfer.audit.copies import copy_findings, copy_groups, find_copies
 from transfer.audit.findings import KINDS, AuditSplit, Finding
-from transfer.audit.label_errors import LabelQuality, score_labels, score_labels_out_of_fold
+from transfer.audit.label_errors import LabelQuality, score_labels, score_labels_out_of_fold, trainable
 from transfer.audit.learning_curve import Curve, learning_curve
 from transfer.crossval import MOST_EPOCHS, WORK, CrossValidation
 from transfer.device import Compute
 from transfer.features import Splits
 from transfer.neighbours import nearest
+from transfer.system.console import QUIET, Progress
 from transfer.training import Hyperparameters
 
 FEWEST_EPOCHS = 3  # of heads out of fold, where images and classes are many
+MOST_WORK = 100_000_000  # images times classes, above which a learning curve takes longer than all else
 FENCE = 1.5  # interquartile ranges above the upper quartile (Tukey 1977): outside; twice as far is far out
 
 
 @dataclass(frozen=True)
 class Audit:
-    """All that an audit found; qualities: of the training labels and the test labels."""
+    """All that an audit found; qualities: of the training labels and the test labels. trained_on: images that the heads
+    which judge labels were trained on, all or a part; curve: None where the images are too few or too many.
+    """
 
     train: AuditSplit
     test: AuditSplit
     qualities: tuple[LabelQuality, LabelQuality]
+    trained_on: int
     curve: Curve | None
     findings: list[Finding]
 
@@ -83,23 +88,26 @@ def judge_labels(
     heads out of fold judge them with the training images.
     """
     judged, first = parts if test_logits is None else parts[:1], (0, len(parts[0].rows))
+    features = parts[0].features if test_logits is not None else parts[0].features.joined(parts[1].features)
     labels = torch.cat([part.labels for part in judged])
     among = [
         pairs + torch.tensor([first[query], first[key]])
         for query, key, pairs, _ in found
         if max(query, key) < len(judged)
     ]
+    groups = copy_groups(labels, torch.cat(among))
     quality = score_labels_out_of_fold(
-        torch.cat([part.features for part in judged]) if len(judged) > 1 else parts[0].features,
-        labels,
-        copy_groups(labels, torch.cat(among)),
-        num_classes=num_classes,
-        lrs=lrs,
-        batch_size=batch_size,
+        features, labels, groups, num_classes=num_classes, lrs=lrs, batch_size=batch_size
     )
     if test_logits is not None:
         return quality, score_labels(test_logits, parts[1].labels)
     return quality.part(slice(first[1])), quality.part(slice(first[1], None))
+
+
+def neighbours_of(queries: AuditSplit, keys: AuditSplit) -> tuple[Tensor, Tensor]:
+    """Distances and places of the nearest images in keys, as `nearest` has them."""
+    progress = Progress(f"{queries.image_list.name}, neighbours:", len(queries.rows), quiet=QUIET)
+    return nearest(queries.features, keys.features, queries is keys, progress=progress)
 
 
 def audit_splits(splits: Splits, test_logits: Tensor, hparams: Hyperparameters, compute: Compute) -> Audit:
@@ -110,10 +118,7 @@ def audit_splits(splits: Splits, test_logits: Tensor, hparams: Hyperparameters, 
     num_classes = test_logits.shape[1]
     work = len(train.labels) * num_classes
     lrs = [hparams.lr] * min(hparams.epochs, max(FEWEST_EPOCHS, min(MOST_EPOCHS, MOST_EPOCHS * WORK // work)))
-    near = {
-        (query, key): nearest(parts[query].features[:, 0], parts[key].features, query == key)
-        for query, key in ((0, 0), (1, 1), (1, 0))
-    }
+    near = {(query, key): neighbours_of(parts[query], parts[key]) for query, key in ((0, 0), (1, 1), (1, 0))}
     found = find_copies(parts, {ends: places for ends, (_, places) in near.items()}, compute)
     judge = None if splits.test_held_out else test_logits
     qualities = judge_labels(parts, found, judge, num_classes=num_classes, lrs=lrs, batch_size=hparams.batch_size)
@@ -122,6 +127,8 @@ def audit_splits(splits: Splits, test_logits: Tensor, hparams: Hyperparameters, 
         findings += label_findings(part, quality)
         findings += outlier_findings(part, near[number, 0][0], near[0, 0][0])
     findings.sort(key=lambda finding: (KINDS.index(finding.kind), -finding.score))
-    images = CrossValidation(train.features, train.labels, hparams.seed)
-    curve = learning_curve(images, num_classes, lrs, hparams.batch_size)
-    return Audit(train, test, qualities, curve, findings)
+    curve = None
+    if work <= MOST_WORK:
+        images = CrossValidation(train.features, train.labels, hparams.seed)
+        curve = learning_curve(images, num_classes, lrs, hparams.batch_size)
+    return Audit(train, test, qualities, trainable(len(train.rows), num_classes)[0], curve, findings)

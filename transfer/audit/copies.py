@@ -14,8 +14,9 @@ from transfer.audit.findings import AuditSplit, Finding
 from transfer.audit.label_errors import LabelQuality
 from transfer.backbone import PASS_BATCH, embed_dataset, unbatch
 from transfer.device import Compute
+from transfer.features import Features, moments
 from transfer.neighbours import TILE
-from transfer.system.console import Progress
+from transfer.system.console import Progress, track
 
 # Measured on 150 of the sample's photos, resized, recompressed, cropped by 5% and mirrored: all 600 copies but one are
 # among the 8 nearest, at a cosine above 0.7 and a likeness above 0.97; no two photos of a shelf have one above 0.94.
@@ -30,25 +31,26 @@ LEVEL = 1 / 255 / 0.225  # one grey level, as NORMALIZE scales it
 # Candidates, by features
 
 
-def similar_pairs(queries: Tensor, keys: Tensor, pairs: Tensor) -> Tensor:
+def similar_pairs(queries: Tensor | Features, keys: Tensor | Features, pairs: Tensor) -> Tensor:
     """Which pairs of rows (P, 2), of a query and a key, are as similar by their features as copies are: (P,)."""
-    mean, deviation = keys[:, 0].mean(0), keys[:, 0].std(0, correction=0).clamp_min(1e-6)
+    mean, deviation = moments(keys)
     alike = []
-    for some in pairs.split(TILE):
-        first = (queries[some[:, 0]] - mean) / deviation
-        second = (keys[some[:, 1]] - mean) / deviation
-        alike.append(F.cosine_similarity(first[:, None], second, dim=2).amax(1) > SIMILAR)
-    return torch.cat(alike) if alike else torch.empty(0, dtype=torch.bool)
+    for some in track("copies by features:", pairs.split(TILE), "pairs"):
+        first, second = queries[some[:, 0], :1], keys[some[:, 1]]
+        alike.append(F.cosine_similarity((first - mean) / deviation, (second - mean) / deviation, dim=2).amax(1))
+    return torch.cat(alike) > SIMILAR
 
 
-def candidates(queries: Tensor, keys: Tensor, near: Tensor, itself: bool) -> Tensor:
+def candidates(queries: Tensor | Features, keys: Tensor | Features, near: Tensor, itself: bool) -> Tensor:
     """Pairs of rows (P, 2), of a query and a key, that may be copies, each once.
 
     near: rows of each query's nearest keys, (N, k), and the other arguments as `nearest` has them.
     """
     pairs = torch.stack([torch.arange(len(near)).repeat_interleave(near.shape[1]), near.flatten()], 1)
     if itself:
-        pairs = pairs.sort(1, descending=True).values.unique(dim=0)
+        pairs = pairs[pairs[:, 0] != pairs[:, 1]]  # as where cells hold too few
+        numbers = (pairs.amax(1) * len(keys) + pairs.amin(1)).unique()  # far faster than rows of two
+        pairs = torch.stack([numbers // len(keys), numbers % len(keys)], 1)
     return pairs[similar_pairs(queries, keys, pairs)]
 
 
@@ -124,7 +126,7 @@ def copies(pairs: Tensor, pixels: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tens
     pixels: for queries and keys thumbnails, and of each row its place among them.
     """
     alike = []
-    for some in pairs.split(PAIRS):
+    for some in track("copies by pixels:", pairs.split(PAIRS), "pairs"):
         pair = (thumbs[places[rows]].float() for (thumbs, places), rows in zip(pixels, some.T, strict=True))
         alike.append(similarity(*pair))
     alike = torch.cat(alike) if alike else torch.empty(0)
@@ -144,7 +146,7 @@ def find_copies(
     query.
     """
     pairs = {
-        (query, key): candidates(splits[query].features[:, 0], splits[key].features, rows, query == key)
+        (query, key): candidates(splits[query].features, splits[key].features, rows, query == key)
         for (query, key), rows in near.items()
     }
     pixels = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from transfer.features import Split
+from transfer.features import Features, Split
 from transfer.inputs.lists import ImageList
 from transfer.system.files import save_atomically
 
@@ -28,15 +28,14 @@ class AuditSplit:
 
     dataset: Dataset
     rows: Tensor
-    features: Tensor
+    features: Tensor | Features
     labels: Tensor
 
     @classmethod
     def from_split(cls, split: Split) -> "AuditSplit":
         rows = split.features.rows
-        return cls(
-            replace(split.dataset, views=[0]), rows, split.features.gather(rows, slice(2)), split.features.labels[rows]
-        )
+        dataset, labels = replace(split.dataset, views=[0]), split.features.labels[rows]
+        return cls(dataset, rows, split.features.subset(rows, num_views=2), labels)
 
     @property
     def image_list(self) -> ImageList:

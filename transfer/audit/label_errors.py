@@ -1,24 +1,44 @@
 """Label errors: which labels are probably wrong, by the logits of heads that were not trained on them."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from transfer.calibration import bisect
-from transfer.crossval import assign_folds, out_of_fold_logits
+from transfer.crossval import FoldHeads, assign_folds, train_fold_heads
+from transfer.features import Features
+from transfer.system.console import track
 
-FOLDS = 10  # measured: with 5, swapped labels are found with an average precision 2 points lower
+FOLDS, FEWEST_FOLDS = 10, 2  # measured: with 5, swapped labels are found with an average precision 2 points lower
 ROUNDS = 2  # of heads out of fold, the second without the labels that the first one doubts
 RIGHT_BEFORE = (
     20  # labels that are assumed to be right beforehand: a few images alone say nothing about the share of wrong ones
 )
 LEAST_SHARE = 0.01  # of wrong labels, for which a model's power to find them is estimated
 WEAK = 0.2  # power below which a model can't judge labels
+MOST_TRAINED = 1_000_000_000  # images times classes times folds: minutes on two cores
 MAX_LOGITS = 10_000_000  # that two numbers are fitted on
 PART = 1_000_000  # logits at a time: 8 MB in float64
+
+
+@dataclass(frozen=True)
+class MeanHeads:
+    """The mean of the logits (N, C) that the heads of some rounds give images that they never saw: see `FoldHeads`."""
+
+    rounds: Sequence[FoldHeads]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rounds[0].shape
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        mean = self.rounds[0][rows]
+        for number, heads in enumerate(self.rounds[1:], 2):
+            mean = mean.lerp(heads[rows], 1 / number)
+        return mean
 
 
 @dataclass(frozen=True)
@@ -53,7 +73,7 @@ class LabelQuality:
         return places[self.error_prob[places].argsort(descending=True, stable=True)]
 
 
-def score_labels(logits: Tensor, labels: Tensor) -> LabelQuality:
+def score_labels(logits: Tensor | MeanHeads, labels: Tensor) -> LabelQuality:
     """How likely each label is wrong, from logits (N, C) of a model that was not trained on it.
 
     A label y is right with 1 - e, else any other with equal odds: p(y) = (1 - e) q + e (1 - q) / (C - 1), where q is
@@ -62,43 +82,46 @@ def score_labels(logits: Tensor, labels: Tensor) -> LabelQuality:
     swapped at random in 2 to 20% of the sample's two lists, with noise on the features and without: at least 0.7 of
     those that are more likely wrong than right were; with 20 to 120 images, a half.
     """
-    num_classes = logits.shape[1]
-    suggested = torch.cat([part.scatter(1, own[:, None], -torch.inf).argmax(1) for part, own in parts(logits, labels)])
+    count, num_classes = logits.shape
     if num_classes == 1:
-        return LabelQuality(torch.ones(len(labels)), torch.zeros(len(labels)), suggested, 0.0, 1.0, 0.0)
+        return LabelQuality(torch.ones(count), torch.zeros(count), torch.zeros_like(labels), 0.0, 1.0, 0.0)
     # Every so many of a long list, which may be sorted by class.
-    every = math.ceil(len(labels) * num_classes / MAX_LOGITS)
-    some, theirs, best = logits[::every], labels[::every], (-math.inf, 1.0, 0.0)
-    for temperature in torch.logspace(-0.6, 1, 33).tolist():  # from 1/4 to 10
-        q = self_confidence(some, theirs, temperature)
-        noise_rate = fit_noise_rate(q, num_classes)
-        likelihood = label_prob(q, noise_rate, num_classes).log().sum() + RIGHT_BEFORE * math.log(1 - noise_rate)
-        best = max(best, (float(likelihood), temperature, noise_rate))
-    _, temperature, noise_rate = best
-    q = self_confidence(logits, labels, temperature)
+    every, part = math.ceil(count * num_classes / MAX_LOGITS), max(1, PART // num_classes)
+    drawn = torch.arange(0, count, every)
+    some, theirs = torch.cat([logits[rows] for rows in drawn.split(part)]), labels[drawn]
+    temperature, noise_rate = fit_noise(some, theirs)
+    confidence, suggested = [], []
+    for rows in track("labels:", torch.arange(count).split(part)):
+        here, own = logits[rows], labels[rows, None]
+        confidence.append(self_confidence(here, own, temperature))
+        suggested.append(here.scatter(1, own, -torch.inf).argmax(1))
+    q = torch.cat(confidence)
     error_prob = noise_rate * (1 - q) / (num_classes - 1) / label_prob(q, noise_rate, num_classes)
     # More likely wrong than right are labels below this q; how many would be, had they any other class?
     share = max(noise_rate, LEAST_SHARE)
     edge = share / (share + (1 - share) * (num_classes - 1))
     found = 0
-    for part, own in parts(some, theirs):
-        found += int(((part.double() / temperature).softmax(1).scatter_(1, own[:, None], 1) < edge).sum())
+    for here, own in zip(some.split(part), theirs[:, None].split(part), strict=True):
+        found += int(((here.double() / temperature).softmax(1).scatter_(1, own, 1) < edge).sum())
     power = found / len(theirs) / (num_classes - 1)
-    return LabelQuality(q, error_prob, suggested, noise_rate, temperature, power)
+    return LabelQuality(q, error_prob, torch.cat(suggested), noise_rate, temperature, power)
 
 
-def parts(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits (n, C) and labels (n,) of some images at a time: what is computed of all at once takes several times the
-    memory of the logits.
-    """
-    rows = max(1, PART // logits.shape[1])
-    return zip(logits.split(rows), labels.split(rows), strict=True)
+def fit_noise(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """The temperature and the share of wrong labels that make labels (n,) likeliest, by logits (n, C)."""
+    num_classes, best, part = logits.shape[1], (-math.inf, 1.0, 0.0), max(1, PART // logits.shape[1])
+    parts = [*zip(logits.split(part), labels[:, None].split(part), strict=True)]
+    for temperature in torch.logspace(-0.6, 1, 33).tolist():  # from 1/4 to 10
+        q = torch.cat([self_confidence(here, own, temperature) for here, own in parts])
+        noise_rate = fit_noise_rate(q, num_classes)
+        likelihood = label_prob(q, noise_rate, num_classes).log().sum() + RIGHT_BEFORE * math.log(1 - noise_rate)
+        best = max(best, (float(likelihood), temperature, noise_rate))
+    return best[1:]
 
 
 def self_confidence(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """The probability of each label, (N,), by logits (N, C), in float64."""
-    scaled = ((part.double() / temperature, own) for part, own in parts(logits, labels))
-    return torch.cat([part.log_softmax(1).gather(1, own[:, None])[:, 0].exp() for part, own in scaled])
+    """The probability of each label, (n,), in float64, by logits (n, C); labels: (n, 1)."""
+    return (logits.double() / temperature).log_softmax(1).gather(1, labels)[:, 0].exp()
 
 
 def label_prob(q: Tensor, noise_rate: float, num_classes: int) -> Tensor:
@@ -116,31 +139,50 @@ def fit_noise_rate(q: Tensor, num_classes: int) -> float:
     return bisect(too_low, 0.0, 0.5)[0]
 
 
+def trainable(count: int, num_classes: int) -> tuple[int, int]:
+    """How many of so many images the heads out of fold are trained on, and in how many folds: of very many images and
+    classes a part, in two folds. On 250 images a class a head knows nearly what it would know of all.
+    """
+    if count * num_classes * FOLDS <= MOST_TRAINED:
+        return count, FOLDS
+    return min(count, MOST_TRAINED // (FEWEST_FOLDS * num_classes)), FEWEST_FOLDS
+
+
 def score_labels_out_of_fold(
-    features: Tensor, labels: Tensor, copy_groups: Tensor, *, num_classes: int, lrs: Sequence[float], batch_size: int
+    features: Tensor | Features,
+    labels: Tensor,
+    copy_groups: Tensor,
+    *,
+    num_classes: int,
+    lrs: Sequence[float],
+    batch_size: int,
 ) -> LabelQuality:
     """What heads that never saw an image, nor a copy of it, make of its label.
 
     features: (n, V, D), of views that all count; labels: (n,); copy_groups: groups (n,) of copies. Photos of one scene
     may well be on both sides: a head that knows the scene knows its class better (with them grouped, swapped labels are
-    found with an average precision of 0.62 instead of 0.85). What a first
-    round doubts is left out of what a second one, in other folds, is trained on.
+    found with an average precision of 0.62 instead of 0.85). What a first round doubts is left out of what a second
+    one, in other folds, is trained on.
     """
-    train_rows, mean = torch.arange(len(labels)), torch.zeros(len(labels), num_classes)
+    heads, trusted = [], torch.arange(len(labels))
+    most, folds = trainable(len(labels), num_classes)
     for seed in range(ROUNDS):
-        fold = assign_folds(labels, copy_groups, k=FOLDS, seed=seed)
-        for rows, logits in out_of_fold_logits(
-            features,
-            labels,
-            fold,
-            num_classes=num_classes,
-            lrs=lrs,
-            batch_size=batch_size,
-            seed=seed,
-            train_rows=train_rows,
-            average_views=features.shape[1],
-        ):
-            mean[rows] = mean[rows].lerp(logits, 1 / (seed + 1))  # of the rounds so far
-        quality = score_labels(mean, labels)
-        train_rows = (quality.error_prob <= 0.5).nonzero().flatten()
+        if len(trusted) > most:
+            drawn = torch.randperm(len(trusted), generator=torch.Generator().manual_seed(seed))[:most]
+            trusted = trusted[drawn.sort().values]
+        heads.append(
+            train_fold_heads(
+                features,
+                labels,
+                assign_folds(labels, copy_groups, k=folds, seed=seed),
+                num_classes=num_classes,
+                lrs=lrs,
+                batch_size=batch_size,
+                seed=seed,
+                train_rows=trusted,
+                num_views=features.shape[1],
+            )
+        )
+        quality = score_labels(MeanHeads(heads), labels)
+        trusted = (quality.error_prob <= 0.5).nonzero().flatten()
     return quality

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from transfer.crossval import (
+    BLOCK,
     CrossValidation,
     assign_folds,
     class_in_other_folds,
-    out_of_fold_logits,
     stratified_group_holdout,
+    train_fold_heads,
 )
+from transfer.system.console import track
 
 SHARES, DRAWS = (1 / 8, 1 / 4, 1 / 2, 1), 3  # of the training images, and how often each is drawn
 
@@ -76,8 +78,7 @@ def learning_curve(images: CrossValidation, num_classes: int, lrs: Sequence[floa
         for draw, fold in enumerate(folds):
             drawn = stratified_group_holdout(labels, groups, share, draw) if share < 1 else torch.ones_like(fold)
             train_rows = drawn.nonzero().flatten()
-            right = torch.empty(len(labels), dtype=torch.bool)
-            for rows, logits in out_of_fold_logits(
+            heads = train_fold_heads(
                 images.features,
                 labels,
                 fold,
@@ -86,8 +87,9 @@ def learning_curve(images: CrossValidation, num_classes: int, lrs: Sequence[floa
                 batch_size=batch_size,
                 seed=draw,
                 train_rows=train_rows,
-            ):
-                right[rows] = logits.argmax(1) == labels[rows]
+            )
+            parts = torch.arange(len(labels)).split(BLOCK)
+            right = torch.cat([heads[rows].argmax(1) == labels[rows] for rows in track("accuracy:", parts)])
             known = class_in_other_folds(labels, fold)
             right = right[known]
             accuracy[step, draw] = right.double().mean()

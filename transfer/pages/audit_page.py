@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from transfer.audit.audit import Audit
+from transfer.audit.audit import MOST_WORK, Audit
 from transfer.audit.findings import AuditSplit, Finding, save_findings
 from transfer.audit.label_errors import LabelQuality
 from transfer.audit.learning_curve import FEW_POINTS, Curve
@@ -106,7 +106,9 @@ def label_words(quality: LabelQuality, name: str, images: int) -> str:
 def judged_words(audit: Audit) -> str:
     """What was made of the labels of both lists."""
     parts = zip((audit.train, audit.test), audit.qualities, strict=True)
-    return "".join(label_words(quality, split.image_list.name, len(split.rows)) for split, quality in parts)
+    judged, count = len(audit.train.rows), audit.trained_on
+    part = f"<p>The models that judge labels were trained on {count:,} of the photos.</p>" if count < judged else ""
+    return "".join(label_words(quality, split.image_list.name, len(split.rows)) for split, quality in parts) + part
 
 
 def nothing_found(audit: Audit) -> str:
@@ -211,8 +213,10 @@ def curve_chart(curve: Curve) -> str:
     return f"<figure>{svg(WIDTH, HEIGHT, label, ''.join(parts))}</figure>"
 
 
-def curve_section(curve: Curve | None, classes: Sequence[str], model: Path) -> str:
-    if curve is None:
+def curve_section(audit: Audit, classes: Sequence[str], model: Path) -> str:
+    if (curve := audit.curve) is None:
+        if len(audit.train.rows) * len(classes) > MOST_WORK:
+            return "<p>Not computed: with so many photos and classes it would take hours.</p>"
         return "<p>Too few photos to tell: half of them must leave two per class.</p>"
     ahead = "" if curve.unclear else '<span><i class="blue dash"></i>as it would go on</span>'
     key = f'<p class="key"><span><i class="blue"></i>mean of the draws</span>{ahead}</p>'
@@ -262,7 +266,7 @@ def save_audit(path: Path, audit: Audit, corrections: Corrections, model: Path, 
     ]
     cards = "".join(body for _, body, _ in sections)
     sections += [("Nothing found", none, "")] if (none := nothing_found(audit)) else []
-    sections.append(("Would more photos help?", curve_section(audit.curve, classes, model), "whole"))
+    sections.append(("Would more photos help?", curve_section(audit, classes, model), "whole"))
     sections.append(("Classes", balance_table(audit, classes), "whole"))
     header = (
         f'<p class="eyebrow">Photo audit</p><h1>{lists}</h1><p class="lede">{len(audit.train.rows):,} training and '

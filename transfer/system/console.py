@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from transfer.distributed import get_rank, is_distributed
 from transfer.system.signals import NAMES, check_stop, status_of, stop_on_signals
 
 SHOWN_PROBLEMS = 10
+QUIET = 5  # seconds that a step takes without a word
 
 
 class UserError(Exception):
@@ -150,29 +151,40 @@ class Progress:
     a line for each tenth of the work, at least a minute apart, so that a log shows life.
     """
 
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.done, self.tenths, self.width = what, total, 0, 0, 0
+    def __init__(self, what: str, total: int, *, quiet: float = 0, noun: str = "images"):
+        """quiet: seconds in which a terminal is told nothing; noun: what is counted."""
+        self.what, self.total, self.quiet, self.noun = what, total, quiet, noun
+        self.done, self.tenths, self.width = 0, 0, 0
         self.start_time = self.printed = time.perf_counter()
 
     def add(self, count: int) -> None:
         """So many more are done. Raises KeyboardInterrupt as `check_stop` does."""
         check_stop()
         self.done += count
-        now, tenths = time.perf_counter(), 10 * self.done // self.total
+        now, tenths = time.perf_counter(), 10 * self.done // max(1, self.total)
         if get_rank():
             return
         if sys.stderr.isatty():
-            if now - self.printed < 0.2 and self.done < self.total:
+            last = self.done == self.total
+            if now - self.printed < 0.2 and not last or now - self.start_time < self.quiet:
                 return
         elif now - self.printed < 60 or tenths == self.tenths:
             return
         self.printed, self.tenths = now, tenths
         rate = self.done / (now - self.start_time)
         left = duration((self.total - self.done) / rate)
-        line = f"{self.what} {self.done:,}/{self.total:,} images  {rate:.{int(rate < 10)}f}/s  {left} left"
+        line = f"{self.what} {self.done:,}/{self.total:,} {self.noun}  {rate:.{int(rate < 10)}f}/s  {left} left"
         if sys.stderr.isatty():
             end = "\n" if self.done == self.total else ""
             print(f"\r{line:<{self.width}}", end=end, file=sys.stderr, flush=True)
             self.width = len(line)
         else:
             print(line, file=sys.stderr, flush=True)
+
+
+def track(what: str, parts: Sequence[Sized], noun: str = "images") -> Iterator[Sized]:
+    """Parts of many images, one after the other, with progress where that takes long enough to wonder."""
+    progress = Progress(what, sum(map(len, parts)), quiet=QUIET, noun=noun)
+    for part in parts:
+        yield part
+        progress.add(len(part))

@@ -751,6 +751,18 @@ def compare_corrections(*arguments: str) -> None:
     benchmark_corrections.main(*arguments)
 
 
+def compare_million(*arguments: str) -> None:
+    import benchmark_million
+
+    benchmark_million.main(*arguments)
+
+
+def measure_million(*arguments: str) -> None:
+    import benchmark_million
+
+    benchmark_million.measure(*arguments)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=ROWS, help="these rows alone")
@@ -779,6 +791,7 @@ if __name__ == "__main__":
     inner |= {"labels": compare_labels, "nearest": find_nearest, "real": compare_real}
     inner |= {"corrections": compare_corrections, "label-next": compare_labelling, "label-next-time": time_label_next}
     inner |= {"architectures": check_architectures, "architecture": check_architecture, "speeds": compare_speeds}
+    inner |= {"million": compare_million, "million-row": measure_million}
     if sys.argv[1:2] and sys.argv[1] in inner:
         inner[sys.argv[1]](*sys.argv[2:])
     else:

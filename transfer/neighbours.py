@@ -3,11 +3,14 @@
 Features are a tensor, or `Features` that may be mapped from disk: some rows are looked at at a time.
 """
 
+import functools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from transfer.features import Features
 from transfer.system.console import Progress, track
@@ -16,12 +19,12 @@ from transfer.system.signals import check_stop
 NEAREST = 8  # neighbours of an image that are looked at
 TILE = 4096  # rows of either side of a product at a time: 64 MB
 EXACT = 20_000  # keys up to which all are compared: 40,000 would take half a minute on a core
-# Measured: of the 8 nearest, 95% and more are found on real features repeated with noise and on made-up
-# clusters, at a cost that grows with N * PROBES * CELL.
+# Measured: of the 8 nearest, 96% and more are found on real features repeated with noise and on made-up clusters, at a
+# cost that grows with N * PROBES * CELL.
 CELL = 256  # keys per cell, on average
-PROBES = 16  # cells that are looked into for a query: those of the nearest centres
+PROBES = 16  # cells that are looked into for a query: those that it lies along most
 SAMPLED = 16  # keys per cell that its centre is found from
-ROUNDS = 4  # of k-means: further ones move the centres, not the neighbours found
+ROUNDS = 4  # of k-means; more find no more neighbours
 
 
 def nearest(
@@ -62,8 +65,8 @@ def nearest(
 def squared_distances(queries: Tensor, keys: Tensor) -> Tensor:
     """Between queries (n, D) and keys (m, V, D), to the nearest view of each: (n, m)."""
     squares = keys.square().sum(2)
-    products = [torch.addmm(squares[:, v], queries, keys[:, v].T, alpha=-2) for v in range(keys.shape[1])]
-    found = products[0] if len(products) == 1 else torch.stack(products).amin(0)
+    products = (torch.addmm(squares[:, v], queries, keys[:, v].T, alpha=-2) for v in range(keys.shape[1]))
+    found = functools.reduce(torch.minimum, products)
     return found.add_(queries.square().sum(1, keepdim=True)).clamp_min_(0)
 
 
@@ -75,13 +78,13 @@ def all_tiles(queries: Tensor | Features, keys: Tensor | Features) -> Iterator[t
 
 
 def cell_tiles(queries: Tensor | Features, keys: Tensor | Features, seed: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """The same, of an inverted file: the keys of a cell with those queries whose nearest centres include its own."""
-    centres = cell_centres(keys, seed)
-    probes = min(PROBES, len(centres))
-    near = closest(queries, centres, probes)
-    mine = near[:, :1] if queries is keys else closest(keys, centres, 1)
-    members, sizes = sort_by(mine.flatten(), len(centres))
-    askers, asked = sort_by(near.flatten(), len(centres))
+    """The same, of an inverted file: the keys of a cell with those queries that look into it."""
+    cells = find_cells(keys, seed)
+    probes = min(PROBES, len(cells.centres))
+    near = cells.closest(queries, probes)
+    mine = near[:, :1] if queries is keys else cells.closest(keys, 1)
+    members, sizes = sort_by(mine.flatten(), len(cells.centres))
+    askers, asked = sort_by(near.flatten(), len(cells.centres))
     parts = 0  # of queries times probes
     for columns, rows in zip(members.split(sizes.tolist()), askers.split(asked.tolist()), strict=True):
         for some in (rows // probes).split(TILE) if len(columns) else ():
@@ -91,25 +94,38 @@ def cell_tiles(queries: Tensor | Features, keys: Tensor | Features, seed: int) -
                 yield some, part, parts // probes - before
 
 
-def cell_centres(keys: Tensor | Features, seed: int) -> Tensor:
-    """Centres (C, D) of cells of the first views: k-means on a sample, from drawn keys; an empty cell keeps its own."""
-    cells = math.ceil(len(keys) / CELL)
-    drawn = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed))[: cells * SAMPLED]
+class Cells(NamedTuple):
+    """Directions (C, D) from the mean (D,) of all images, unit vectors: an image's cell is the one it lies along most.
+
+    Not the nearest centre: in many dimensions a few near the mean are that of most images, and their cells hold ten
+    times as many as others.
+    """
+
+    mean: Tensor
+    centres: Tensor
+
+    def closest(self, features: Tensor | Features, count: int) -> Tensor:
+        """The numbers (N, count), int32, of the cells that the first views of images (N, V, D) lie along most."""
+        offset, near = self.centres @ -self.mean, []
+        for rows in track("cells of neighbours:", torch.arange(len(features)).split(TILE)):
+            near.append(torch.addmm(offset, features[rows, 0], self.centres.T).topk(count).indices.int())
+        return torch.cat(near)
+
+
+def find_cells(keys: Tensor | Features, seed: int) -> Cells:
+    """Cells by k-means of a sample's directions, from drawn keys; an empty one stays as it is."""
+    count = math.ceil(len(keys) / CELL)
+    drawn = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed))[: count * SAMPLED]
     sample = keys[drawn, :1]
-    centres = sample[:cells, 0].clone()
+    mean = sample[:, 0].mean(0)
+    units = F.normalize(sample[:, 0] - mean, dim=1)
+    cells = Cells(mean, units[:count])
     for _ in range(ROUNDS):
-        mine = closest(sample, centres, 1).flatten()
-        sizes = torch.bincount(mine, minlength=cells)
-        means = torch.zeros_like(centres).index_add_(0, mine, sample[:, 0]) / sizes.clamp_min(1)[:, None]
-        centres = torch.where(sizes[:, None] > 0, means, centres)
-    return centres
-
-
-def closest(features: Tensor | Features, centres: Tensor, count: int) -> Tensor:
-    """The numbers (N, count), int32, of the nearest centres (C, D) of the first view of each image (N, V, D)."""
-    half = centres.square().sum(1) / -2
-    parts = track("cells of neighbours:", torch.arange(len(features)).split(TILE))
-    return torch.cat([torch.addmm(half, features[rows, 0], centres.T).topk(count).indices.int() for rows in parts])
+        mine = cells.closest(sample, 1).flatten()
+        sums = torch.zeros(count, len(mean)).index_add_(0, mine, units)
+        empty = torch.bincount(mine, minlength=count)[:, None] == 0
+        cells = Cells(mean, torch.where(empty, cells.centres, F.normalize(sums, dim=1)))
+    return cells
 
 
 def sort_by(cells: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -212,6 +212,14 @@ def test_printed_all_findings_are_there_and_nothing_to_press(tmp_path, browser, 
     assert ask(browser, look) == [50, 0]
 
 
+def test_cards_out_of_sight_are_not_drawn(tmp_path, browser):
+    written(tmp_path, *case(tmp_path, classes=20, findings=30))
+    show(browser, tmp_path / "audit.html", 1280)
+    look = """const drawn = (each) => each.checkVisibility({contentVisibilityAuto: true})
+        return [...document.querySelectorAll('.card > .path')].filter(drawn).length"""
+    assert 0 < ask(browser, look) < 100
+
+
 # Corrections
 
 

@@ -204,6 +204,9 @@ def test_predict_scores_corrected_labels_and_passes_over_other_images(model):
         ("red.png", "red"),
         ("green.png", "green"),
     ]
+    write("green.png -\nred.png -\nblue.png -\n", "none.txt")
+    error = answer("test.txt", "--corrections", "none.txt", status=2)[1]
+    assert error == "error: --corrections: all images are left out; keep some\n"
     error = answer("test.txt", "--corrections", write("red.png melon\n"), status=2)[1]
     assert error.startswith("error: fixes.txt:1: no class is called melon")
     assert "--corrections: needs labels" in answer("red.png", "--corrections", "fixes.txt", status=2)[1]

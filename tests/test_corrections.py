@@ -44,7 +44,8 @@ def problems_of(*files, **paths):
 def test_labels_change_by_name_or_number_images_are_left_out_and_photos_added(few):
     save_photo("pile/my new.png", "blue", 9)
     before = {path: path.read_bytes() for path in few.rglob("*") if path.is_file()}
-    write("# mine\n./red/train_0.png green\n  green/train_1.png\t2\n\nblue/train_0.png -\npile/my new.png blue\n")
+    text = "# mine\n./red/train_0.png green\n  green/train_1.png\t2\n\nblue/train_0.png -\npile/my new.png blue\n"
+    write("\ufeff" + text.replace("\n", "\r\n"))  # as Windows saves it
     data = load("fixes.txt")
     found = labels_of(data.train)
     assert found.pop("pile/my new.png") == 2 and "blue/train_0.png" not in found and len(found) == 5

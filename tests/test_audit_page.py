@@ -201,6 +201,25 @@ def test_a_browser_shows_it_in_both_schemes_without_errors_requests_or_sideways_
     assert fetched(browser) == [(tmp_path / "audit.html").as_uri()]
 
 
+def test_printed_all_findings_are_there_and_nothing_to_press(tmp_path, browser, monkeypatch):
+    monkeypatch.setattr("transfer.pages.html.SHELF", 4)
+    written(tmp_path, *case(tmp_path, classes=20, findings=10))
+    show(browser, tmp_path / "audit.html", 1280)
+    look = """const seen = (some) => [...document.querySelectorAll(some)].filter(each => each.checkVisibility()).length
+        return [seen('.card'), seen('summary, .choices, .dock')]"""
+    assert ask(browser, look)[0] == 20
+    call("POST", f"{browser}/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": {"media": "print"}})
+    assert ask(browser, look) == [50, 0]
+
+
+def test_cards_out_of_sight_are_not_drawn(tmp_path, browser):
+    written(tmp_path, *case(tmp_path, classes=20, findings=30))
+    show(browser, tmp_path / "audit.html", 1280)
+    look = """const drawn = (each) => each.checkVisibility({contentVisibilityAuto: true})
+        return [...document.querySelectorAll('.card > .path')].filter(drawn).length"""
+    assert 0 < ask(browser, look) < 100
+
+
 # Corrections
 
 
@@ -295,6 +314,23 @@ def test_decisions_are_clicked_typed_undone_kept_and_saved_as_corrections(colour
     assert "\ncorrections 2 labels, 1 left out, 2 as they were (corrections2.txt)\n" in out
 
 
+def test_two_tabs_of_one_page_show_the_same_decisions(colourful, tmp_path, browser):
+    written(tmp_path, *colourful)
+    show(browser, tmp_path / "audit.html", 1280)
+    ask(browser, "localStorage.clear()")  # what other tests decided of the same cards
+    show(browser, tmp_path / "audit.html", 1280)
+    click(browser, "li button")
+    tab, other = call("GET", f"{browser}/window"), call("POST", f"{browser}/window/new", {"type": "tab"})["handle"]
+    call("POST", f"{browser}/window", {"handle": other})
+    call("POST", f"{browser}/url", {"url": (tmp_path / "audit.html").as_uri()})
+    click(browser, "li:nth-of-type(2) button")
+    call("DELETE", f"{browser}/window")
+    call("POST", f"{browser}/window", {"handle": tab})
+    assert ask(browser, STATE)[0] == "2 decided, 3 to go" and ask(browser, STATE)[2] == ["plum", NAMES[0]]
+    click(browser, "li button")
+    assert ask(browser, STATE)[0] == "1 decided, 4 to go"
+
+
 def test_a_browser_that_keeps_nothing_says_so(colourful, tmp_path, browser):
     written(tmp_path, *colourful)
     closed = "Object.defineProperty(window, 'localStorage', {get() { throw new Error('closed') }})"
@@ -316,6 +352,15 @@ def test_without_scripts_there_are_no_choices_and_names_that_no_list_can_hold_ne
     assert "No choices: a list can’t hold this name (a line break in it)." in page
     command = "train.py --train &#x27;my photos&#x27; --corrections corrections.txt</code>"
     assert command in page and "Put corrections.txt into the folder that you run this in: " in page
+
+
+def test_new_corrections_are_called_as_no_file_there_and_no_earlier_ones(colourful, few):
+    def name():
+        return re.search('data-file="(.*?)"', written(few, *colourful, earlier=["old/corrections2.txt"])[0])[1]
+
+    assert name() == "corrections.txt"
+    (few / "corrections.txt").touch()
+    assert name() == "corrections3.txt"
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ def problems_of(*files, **paths):
 def test_labels_change_by_name_or_number_images_are_left_out_and_photos_added(few):
     save_photo("pile/my new.png", "blue", 9)
     before = {path: path.read_bytes() for path in few.rglob("*") if path.is_file()}
-    write("# mine\n./red/train_0.png green\n  green/train_1.png\t2\n\nblue/train_0.png -\npile/my new.png blue\n")
+    text = "# mine\n./red/train_0.png green\n  green/train_1.png\t2\n\nblue/train_0.png -\npile/my new.png blue\n"
+    write("\ufeff" + text.replace("\n", "\r\n"))  # as Windows saves it
     data = load("fixes.txt")
     found = labels_of(data.train)
     assert found.pop("pile/my new.png") == 2 and "blue/train_0.png" not in found and len(found) == 5
@@ -84,18 +85,42 @@ def test_paths_begin_in_root_as_those_of_the_lists_or_are_as_printed(few, tmp_pa
 def test_each_line_that_fits_nothing_is_an_error_by_file_and_line(few):
     lines = "red/train_0.png melon\ngreen/train_0.png 3\nred/none.png 0\ngreen/train_1.png\nred 1\nred/gone.png -\n"
     write(f"{lines}blue/train_0.png red\nred/train_1.png red\n")
-    write("./blue/train_0.png red\nred/train_1.png -\n", "more.txt")
+    write("./blue/train_0.png red\ngreen/test_0.png red\n./green/test_0.png -\n", "more.txt")
     assert problems_of("fixes.txt", "more.txt") == (
         "fixes.txt:1: no class is called melon; there are red, green, blue",
         "fixes.txt:2: no class has the number 3; there are 3, from 0",
         "fixes.txt:4: no label; each line is: path, white space, class or -",
-        "more.txt:2: red/train_1.png is - here and red in fixes.txt:8; keep one",
+        "more.txt:3: green/test_0.png is - here and red in more.txt:2; keep one",
         "fixes.txt:3: red/none.png: no such image; paths are relative to the working directory, or to --root DIR",
         "fixes.txt:5: red: is a directory, not an image; fix or remove the line",
         "fixes.txt:6: red/gone.png: no such image; paths are relative to the working directory, or to --root DIR",
     )
     status, out, err = run_main(train.main, "--corrections", "fixes.txt")
     assert (status, out) == (2, "") and err.startswith("error: fixes.txt:1: no class is called melon")
+
+
+def test_of_two_files_the_later_one_counts_and_the_same_twice_changes_nothing(few):
+    write("red/train_0.png green\ngreen/train_0.png -\nblue/train_0.png red\n")
+    write("red/train_0.png -\ngreen/train_0.png blue\n", "more.txt")
+    for files in (["fixes.txt", "more.txt"], ["fixes.txt", "more.txt", "./more.txt"]):
+        data = load(*files)
+        found = labels_of(data.train)
+        assert "red/train_0.png" not in found and (found["green/train_0.png"], found["blue/train_0.png"]) == (2, 0)
+        assert data.corrections.counts == {"labels": 2, "left_out": 1, "added": 0}
+
+
+def test_what_corrections_leave_without_images_is_named(photos, capsys):
+    folder, tested = Path("photos"), Path("tested")
+    write("".join(f"photos/red/{number}.png -\n" for number in (*range(3, 10), *(f"older/{n}" for n in range(3)))))
+    assert len(load("fixes.txt", train_path=folder).train) == 20
+    assert "warning: photos: no image has label 2: its class can never be learned" in capsys.readouterr().err
+    for colour in ("red", "green"):
+        save_photo(f"tested/{colour}/1.png", colour)
+    both = {"train_path": folder, "test_path": tested}
+    why = "no image of photos has label 2; add some, or leave this image out"
+    assert problems_of("fixes.txt", **both) == (f"tested/red/1.png: {why}",)
+    write("tested/red/1.png -\ntested/green/1.png -\n", "more.txt")
+    assert problems_of("more.txt", **both) == ("tested: corrections leave out all of its images; keep some",)
 
 
 def test_to_leave_out_what_no_list_holds_changes_nothing(few):
@@ -180,6 +205,9 @@ def test_predict_scores_corrected_labels_and_passes_over_other_images(model):
         ("red.png", "red"),
         ("green.png", "green"),
     ]
+    write("green.png -\nred.png -\nblue.png -\n", "none.txt")
+    error = answer("test.txt", "--corrections", "none.txt", status=2)[1]
+    assert error == "error: --corrections: all images are left out; keep some\n"
     error = answer("test.txt", "--corrections", write("red.png melon\n"), status=2)[1]
     assert error.startswith("error: fixes.txt:1: no class is called melon")
     assert "--corrections: needs labels" in answer("red.png", "--corrections", "fixes.txt", status=2)[1]

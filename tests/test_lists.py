@@ -61,7 +61,7 @@ def test_a_test_label_that_training_lacks_is_an_error(colours):
     with open("test.txt", "a") as file:
         file.write("red/train_0.png 7\n")
     status, _, err = run_main(train.main)
-    assert status == 2 and "error: test.txt:13: label 7 is not in train.txt" in err
+    assert status == 2 and "error: test.txt:13: red/train_0.png: no image of train.txt has label 7; add some" in err
 
 
 def test_root_is_what_paths_are_relative_to(colours, small, tiny, tmp_path_factory, monkeypatch):

@@ -124,6 +124,9 @@ class Corrections:
             paths, labels = zip(*added, strict=True)
             labels, lines = corrected.labels.tolist() + [*labels], corrected.lines.tolist() + [0] * len(added)
             corrected = corrected.replaced([*corrected.paths(), *paths], labels, lines)
+        for before, after in zip((train, *held_out), (corrected, *others), strict=True):
+            if len(before) and not len(after):
+                self.problems.append(f"{after.name}: corrections leave out all of its images; keep some")
         return [corrected, *others]
 
     def missing_images(self, used: set[bytes]) -> list[tuple[bytes, int]]:
@@ -166,21 +169,25 @@ def split_fields(file: Path) -> Iterator[tuple[str, list[bytes]]]:
 
 
 def read_corrections(files: Sequence[Path], root: Path, labels: ClassLabels) -> Corrections:
-    """The lines of files, each `path label`, with all that is wrong in them. Raises UserError where one is no text."""
+    """The lines of files, each `path label`, of which a later file's count, with all that is wrong in them. Raises
+    UserError where one is no text.
+    """
     found = Corrections(files, labels)
-    for where, fields in (each for file in files for each in split_fields(file)):
-        if problem := labels.problem(fields):
-            found.problems.append(f"{where}: {problem}")
-            continue
-        entry, text = fields[0].removeprefix(b"./") or fields[0], fields[-1].decode()
-        path = find_image(entry, root)
-        new = Correction(where, entry, path, None if text == LEAVE_OUT else labels.find(text))
-        old = found.by_path.setdefault(os.path.abspath(path), new)
-        if old.label != new.label:
-            both = [
-                LEAVE_OUT if label is None else printable(labels.classes[label]) for label in (new.label, old.label)
-            ]
-            found.problems.append(
-                f"{where}: {printable(entry)} is {both[0]} here and {both[1]} in {old.where}; keep one"
-            )
+    for file in files:
+        lines = {}
+        for where, fields in split_fields(file):
+            if problem := labels.problem(fields):
+                found.problems.append(f"{where}: {problem}")
+                continue
+            entry, text = fields[0].removeprefix(b"./") or fields[0], fields[-1].decode()
+            path = find_image(entry, root)
+            new = Correction(where, entry, path, None if text == LEAVE_OUT else labels.find(text))
+            old = lines.setdefault(os.path.abspath(path), new)
+            if old.label != new.label:
+                here, there = (
+                    LEAVE_OUT if label is None else printable(labels.classes[label]) for label in (new.label, old.label)
+                )
+                problem = f"{printable(entry)} is {here} here and {there} in {old.where}; keep one"
+                found.problems.append(f"{where}: {problem}")
+        found.by_path |= lines
     return found

@@ -234,13 +234,11 @@ def set_classes(image_list: ImageList, names: Sequence[str]) -> None:
 def check_lists(train: ImageList, held_out: Sequence[ImageList], problems: Sequence[str]) -> None:
     """Raises UserError with the first of the problems that reading found, and of those of all lists together."""
     problems = [*problems]
-    known = torch.bincount(train.labels) if len(train) else torch.zeros(1)
+    known = torch.bincount(train.labels, minlength=len(train.classes)) if len(train) else torch.zeros(1)
     for test in held_out if len(train) else ():
         for index in (~torch.isin(test.labels, known.nonzero())).nonzero().flatten().tolist():
-            problems.append(
-                f"{test.name}:{test.lines[index]}: label {test.labels[index]} is not in {train.name}; "
-                "add training images of it or remove the line"
-            )
+            why = f"no image of {train.name} has label {test.labels[index]}; add some, or leave this image out"
+            problems.append(f"{test.where(index)}: {why}")
     if problems:
         raise ListsError(problems)
     gaps = torch.nonzero(known == 0).flatten().tolist()

@@ -144,6 +144,8 @@ def correct_labels(
     if corrections.problems:
         raise ListsError(corrections.problems)
     image_list, rows, _ = corrections.apply(image_list)
+    if not rows:
+        raise UserError("--corrections: all images are left out; keep some")
     print(corrections.describe(), file=sys.stderr)
     return image_list, has_label[[*rows]]
 

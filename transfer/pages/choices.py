@@ -1,9 +1,10 @@
 """Choices: the buttons of a card that say what becomes of its photos, and the bar that saves them as corrections."""
 
 import hashlib
+import itertools
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
@@ -23,6 +24,13 @@ def word(text: str | bytes) -> str:
     return quote(text, safe="/")
 
 
+def free_name(earlier: Sequence[Path] = ()) -> str:
+    """What new corrections are called: unlike earlier ones, and unlike every file where the run was started."""
+    names = itertools.chain([FILE], (f"{number}.".join(FILE.split(".")) for number in itertools.count(2)))
+    taken = {path.name for path in earlier}
+    return next(name for name in names if name not in taken and not Path(name).exists())
+
+
 @dataclass(frozen=True)
 class Choices:
     """What the cards of a page offer. labels: what stands for each class in corrections; flags: of train.py, to run
@@ -31,14 +39,13 @@ class Choices:
 
     labels: ClassLabels
     flags: Sequence[str] = ()
-    file: str = FILE
+    file: str = field(default_factory=free_name)
     model: Path | None = None
 
     @classmethod
     def after(cls, argv: Sequence[str], labels: ClassLabels, earlier: Sequence[Path]) -> "Choices":
         """Of a run of train.py with these arguments, which took earlier corrections: the same again with new ones."""
-        names = [FILE, *(f"{number}.".join(FILE.split(".")) for number in range(2, len(earlier) + 2))]
-        return cls(labels, argv, next(name for name in names if name not in {path.name for path in earlier}))
+        return cls(labels, argv, free_name(earlier))
 
     def to_class(self, label: int, photos: int = 1) -> tuple[str, list[str]]:
         """The choice of a class for all photos of a card: its name, and a word for each; none where no list can name

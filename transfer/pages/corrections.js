@@ -36,16 +36,33 @@
     card.classList.toggle("decided", labels !== undefined);
   }
 
-  function keep() {
+  function count() {
     const open = cards.length - decisions.size;
     dock.querySelector("[role=status]").textContent =
       `${decisions.size.toLocaleString("en")} decided, ${open.toLocaleString("en")} to go`;
     saver.disabled = !decisions.size;
+  }
+
+  function keep() {
+    count();
     try {
       localStorage.setItem(key, JSON.stringify({ decisions: [...decisions], saved }));
     } catch {  // closed to files, or full
       dock.querySelector(".volatile").hidden = false;
     }
+  }
+
+  function restore() {
+    const shown = [...decisions.keys()];
+    try {
+      const kept = JSON.parse(localStorage.getItem(key) ?? "{}");
+      decisions.clear();
+      for (const [place, labels] of kept.decisions ?? []) if (isChoice(place, labels)) decisions.set(place, labels);
+      saved = kept.saved ?? true;
+    } catch {  // closed to files: `keep` says so
+    }
+    for (const place of new Set([...shown, ...decisions.keys()])) show(place);
+    count();
   }
 
   // Puts these decisions in place of those of the same cards; undefined is none.
@@ -148,14 +165,11 @@
     if (!saved && decisions.size) event.preventDefault();
   });
 
-  try {
-    const kept = JSON.parse(localStorage.getItem(key) ?? "{}");
-    for (const [place, labels] of kept.decisions ?? []) if (isChoice(place, labels)) decisions.set(place, labels);
-    saved = kept.saved ?? true;
-  } catch {  // closed to files: `keep` says so
-  }
+  // Another tab of this page decides for this one too.
+  window.addEventListener("storage", (event) => event.key === key && restore());
+
   for (const choices of document.querySelectorAll(".choices")) choices.hidden = false;
-  for (const place of decisions.keys()) show(place);
-  dock.hidden = !cards.length;
+  restore();
   keep();
+  dock.hidden = !cards.length;
 }

@@ -25,9 +25,9 @@ from transfer.inputs.classes import (
 from transfer.inputs.corrections import ClassLabels, Corrections, read_corrections
 from transfer.inputs.depth import grey_bits_of
 from transfer.inputs.folders import check_depth, read_folder, split_folder
-from transfer.inputs.formats import heic_command, is_heic
+from transfer.inputs.heic import check_heic
 from transfer.inputs.lists import ImageList, check_lists, list_entry, read_list, why_unlistable
-from transfer.system.console import UserError, first_three, nearest_path, plural, printable, summarise, warn
+from transfer.system.console import UserError, nearest_path, printable, warn
 from transfer.system.files import backup_path
 from transfer.system.outputs import Output
 
@@ -193,29 +193,6 @@ def check_classes(train: ImageList, path: Path) -> None:
             f"{why}; the folders in {printable(inner)} are classes, perhaps: --train {shlex.quote(printable(inner))}"
         )
     raise UserError(f"{why}; put a second class's photos in a folder of their own beside {printable(below)}")
-
-
-def check_heic(train: ImageList, held_out: Sequence[ImageList]) -> None:
-    """Name the HEIC photos, which can't be read, all at once and before the pass, with how to convert them. Raises
-    UserError where they are more than a hundredth of the training images, or any that are held out.
-    """
-    name_heic(train, max(1, len(train) // 100))
-    for image_list in held_out:
-        name_heic(image_list, 0)
-
-
-def name_heic(image_list: ImageList, most: int) -> None:
-    """`check_heic` of one list, of which so many may be left out."""
-    rows = [row for row, path in enumerate(image_list.each_path()) if is_heic(path)]
-    if not rows:
-        return
-    lines = [image_list.where(row) for row in rows]
-    total = f"{image_list.name}: {plural(len(rows), 'HEIC photo')}, which can't be read"
-    fix = heic_command(os.path.commonpath([os.path.dirname(image_list.path(row)) for row in rows]))
-    fix = f"to convert: {fix}" if image_list.classes else f"name JPEGs in the list; to convert: {fix}"
-    if len(rows) > most:
-        raise UserError(*summarise(lines, total, fix))
-    warn(f"{total}: {first_three(lines)}; skipped; {fix}")
 
 
 def share_folders(train: ImageList, test: ImageList) -> bool:

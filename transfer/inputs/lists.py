@@ -247,7 +247,7 @@ def check_lists(train: ImageList, held_out: Sequence[ImageList], problems: Seque
 
 
 def check_unreadable(
-    image_list: ImageList, unreadable: dict[int, str], max_unreadable: float, stopped: bool = False
+    image_list: ImageList, unreadable: dict[int, str], max_unreadable: int, stopped: bool = False
 ) -> None:
     """Warn of each image that could not be read. Raises UserError (status 1) where they are too many.
 
@@ -255,7 +255,8 @@ def check_unreadable(
     """
     lines = [f"{image_list.where(index)}: {reason}" for index, reason in sorted(unreadable.items())]
     if len(lines) > max_unreadable or len(lines) == len(image_list):
-        total = f"{image_list.name}: {len(lines):,} of {len(image_list):,} images can't be read"
+        most = f" (at most {max_unreadable:,} may be skipped)" if max_unreadable else ""
+        total = f"{image_list.name}: {len(lines):,} of {len(image_list):,} images can't be read{most}"
         if stopped:
             total = f"{image_list.name}: {len(lines):,} images can't be read, more than 1% of the list: stopped there"
         fix = "convert, fix or remove them" if image_list.is_folder else "fix or remove these lines"

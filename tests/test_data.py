@@ -228,6 +228,15 @@ def test_classes_with_the_same_folders_in_each_are_classes_and_that_is_told(spli
     assert capsys.readouterr().err == f"warning: {words}\n"
 
 
+def test_a_folder_one_level_above_the_class_folders_is_taken_with_a_warning_that_names_the_right_one(photos, capsys):
+    save_photo("more/new/1.png")
+    save_photo("more/new/2.png")
+    os.rename("photos", "more/my photos")
+    assert load(Path("more")).classes == ["my photos", "new"]
+    words = "my photos is one class, with the folders blue, green, red in it; if those are the classes"
+    assert capsys.readouterr().err == f"warning: more: {words}: --train 'more/my photos'\n"
+
+
 def test_without_any_argument_the_recipes_lists_are_taken(colours):
     data = load()
     assert (data.train.name, data.test.name, data.test_path) == ("train.txt", "test.txt", Path("test.txt"))

@@ -21,6 +21,7 @@ from transfer.inputs.classes import (
     own_names,
     remap_labels,
     renamed_classes,
+    warn_on_similar_names,
 )
 from transfer.inputs.corrections import ClassLabels, Corrections, read_corrections
 from transfer.inputs.depth import grey_bits_of
@@ -97,6 +98,7 @@ def load_data(
     train, *held_out = corrected.apply_to_all(train, held_out)
     check_lists(train, held_out, [*problems, *more, *corrected.problems])
     check_classes(train, train_path)
+    warn_on_similar_names(train, classes)
     val, test = held_out[0] if val_path else None, held_out[-1] if test_path else None
     check_split(train, test, val_split)
     check_heic(train, held_out)
@@ -117,6 +119,9 @@ def find_parts(
     split. Raises UserError.
     """
     if train_path is None:
+        if not Path("train.txt").exists():
+            fix = "give --train PATH, a list or a folder of class folders"
+            raise UserError(f"no train.txt in {printable(Path.cwd())}; {fix}")
         return Path("train.txt"), None, test_path or Path("test.txt"), []
     parts = split_folder(train_path) if train_path.is_dir() else None
     if parts is None:

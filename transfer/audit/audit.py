@@ -22,13 +22,16 @@ FENCE = 1.5  # interquartile ranges above the upper quartile (Tukey 1977): outsi
 
 @dataclass(frozen=True)
 class Audit:
-    """All that an audit found; qualities: of the training labels and the test labels."""
+    """All that an audit found; qualities: of the training labels and the test labels, which, where they were judged
+    together, share one estimate.
+    """
 
     train: AuditSplit
     test: AuditSplit
     qualities: tuple[LabelQuality, LabelQuality]
     curve: Curve | None
     findings: list[Finding]
+    judged_together: bool = False
 
     def not_judged(self) -> str:
         """The photos whose labels were not judged, in words: of these the models know too little. Else nothing."""
@@ -124,4 +127,4 @@ def audit_splits(splits: Splits, test_logits: Tensor, hparams: Hyperparameters, 
     findings.sort(key=lambda finding: (KINDS.index(finding.kind), -finding.score))
     images = CrossValidation(train.features, train.labels, hparams.seed)
     curve = learning_curve(images, num_classes, lrs, hparams.batch_size)
-    return Audit(train, test, qualities, curve, findings)
+    return Audit(train, test, qualities, curve, findings, judged_together=judge is None)

@@ -9,7 +9,7 @@ from transfer.pages.choices import SAME, SCRIPT, Choices
 from transfer.pages.html import Thumbnails, escape, page, shelves
 from transfer.rows import Answer
 from transfer.system.console import plural
-from transfer.system.files import save_atomically
+from transfer.system.files import path_digest, save_atomically
 
 GUESSES = 3  # classes shown for a photo
 
@@ -34,7 +34,9 @@ def save_next(
     path: Path, answers: Sequence[Answer], metadata: dict, *, pile: int, model: Path, sources: Sequence[str]
 ) -> None:
     """Draw the photos to label next, of a pile of so many. metadata: of the model. Raises UserError (status 1)."""
-    choices, thumbnails = Choices(ClassLabels.of_model(metadata), model=model), Thumbnails()
+    # A checkpoint does not tell where its photos lie, but whether they are those that train.py takes by itself.
+    flags = [] if path_digest("train.txt") in metadata.get("trained_lists", []) else ["--train", "PATH"]
+    choices, thumbnails = Choices(ClassLabels.of_model(metadata), flags, model=model), Thumbnails()
     cards = shelves([next_card(answer, choices, thumbnails) for answer in answers])
     names = " and ".join("standard input" if source == "-" else escape(source) for source in sources)
     title = f"{plural(len(answers), 'photo')} to label next"

@@ -40,7 +40,7 @@ def name_heic(image_list: ImageList, most: int) -> None:
     paths = [image_list.path(row) for row in rows]
     fix = f"to convert: {heic_command(os.path.commonpath(list(map(os.path.dirname, paths))))}"
     if misnamed := [path for path in paths if not has_heic_name(path)]:
-        fix = f"rename those not called .heic ({first_three(list(map(printable, misnamed)))}) to .heic; {fix}"
+        fix = f"rename {first_three(list(map(printable, misnamed)))} to .heic; {fix}"
     fix = fix if image_list.classes else f"name JPEGs in the list; {fix}"
     if len(rows) > most:
         raise UserError(*summarise(lines, total, fix))

@@ -37,7 +37,7 @@ def test_a_card_has_its_photo_rank_path_and_the_three_likeliest_classes(tmp_path
     assert '<span class="copy">photo 2\\udcff</span>' in cards[2]
     assert "run this in, with the flags that " in page
     assert "train.py --train PATH --corrections corrections.txt</code>" in page
-    assert "<h1>3 photos to label next</h1>" in page and "Of 1,234 photos" in page
+    assert "<h1>3 photos to label next</h1>" in page and "Of 1,234 photos in pile and class these" in page
     assert "choose its class. Without buttons: move it into its class’s folder or add its path" in page
 
 

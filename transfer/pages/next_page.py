@@ -41,9 +41,9 @@ def save_next(
     names = " and ".join("standard input" if source == "-" else escape(source) for source in sources)
     title = f"{plural(len(answers), 'photo')} to label next"
     header = (
-        f'<p class="eyebrow">{names}</p><h1>{title}</h1><p class="lede">Of {pile:,} photos without labels these would '
-        f"help {escape(model)} most: typical of the others, unclear to the model, and different from each other."
-        f"{thumbnails.describe_cut()}</p>"
+        f'<p class="eyebrow">Photos without labels</p><h1>{title}</h1><p class="lede">Of {pile:,} photos in {names} '
+        f"these would help {escape(model)} most: typical of the others, unclear to the model, and different from each "
+        f"other.{thumbnails.describe_cut()}</p>"
     )
     words = (
         "<p>Look at each photo and choose its class. Without buttons: move it into its class’s folder or add its path "

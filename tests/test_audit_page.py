@@ -112,6 +112,28 @@ def test_where_nothing_was_found_the_page_says_so(tmp_path):
     assert rows == [] and summary.endswith("0 probably wrong labels, 0 copies, 0 strange photos")
 
 
+def test_where_heads_were_trained_on_a_part_or_no_curve_was_drawn_the_page_says_so(tmp_path, monkeypatch):
+    audit, names = case(tmp_path)
+    page, *_ = written(tmp_path, replace(audit, trained_on=5), names)
+    assert page.count("were trained on 5 of the training photos") == 1
+    page, *_ = written(tmp_path, replace(audit, curve=None), names)
+    assert "trained on" not in page and "Too few photos to tell" in page
+    monkeypatch.setattr("transfer.pages.audit_page.MOST_WORK", 3)
+    page, *_ = written(tmp_path, replace(audit, curve=None), names)
+    assert "Not computed: with so many photos and classes" in page
+
+
+def test_of_lists_that_were_judged_together_the_estimate_is_told_once(tmp_path):
+    audit, names = case(tmp_path)
+    assert written(tmp_path, audit, names)[0].count("Estimate: ") == 2
+    page, *_ = written(tmp_path, replace(audit, judged_together=True), names)
+    assert re.search(r"<p>train.txt: .* of 12 probably wrong; test.txt: .* of 12 probably wrong. Estimate: ", page)
+    assert page.count("Estimate: ") == 1
+    weak = tuple(replace(quality, power=0.0) for quality in audit.qualities)
+    page, *_ = written(tmp_path, replace(audit, judged_together=True, qualities=weak), names)
+    assert "<p>train.txt and test.txt: 24 photos not judged." in page
+
+
 def test_findings_come_first_and_their_counts_are_links_to_them(tmp_path):
     page, _, _ = written(tmp_path, *case(tmp_path, findings=3))
     names = [html.unescape(re.sub("<[^>]*>", "", name)) for name in re.findall(r"<h2>(.*?)</h2>", page)]

@@ -8,7 +8,7 @@ from conftest import COLOURS, go, run_main, save_photo
 
 import train
 from transfer.data import load_data
-from transfer.inputs.classes import class_names, own_names, read_names, remap_labels
+from transfer.inputs.classes import class_names, own_names, read_names, remap_labels, warn_on_similar_names
 from transfer.inputs.folders import read_folder
 from transfer.inputs.lists import ImageList, read_list
 from transfer.system.console import UserError
@@ -122,3 +122,10 @@ def test_a_list_with_some_wrong_labels_still_has_its_folders_names(wrong, names)
     for number in range(wrong):
         labels[number], labels[10 + number] = 1, 0
     assert own_names(ImageList("list.txt", paths, labels, range(1, 21))) == names
+
+
+def test_classes_whose_names_differ_in_capitals_or_spaces_alone_are_named(capsys):
+    warn_on_similar_names(ImageList("photos", [], [], []), ["Cat", "cat", "dog", "red apple", "Redapple", "redapples"])
+    words = "differ in capitals or spaces alone; if they are one, give them one name"
+    pairs = ["Cat and cat", "red apple and Redapple"]
+    assert capsys.readouterr().err == "".join(f"warning: photos: classes {pair} {words}\n" for pair in pairs)

@@ -15,6 +15,8 @@ from processes import fork_script, run_code
 
 import predict
 from transfer.system import console
+from transfer.system.console import one_line_errors
+from transfer.system.files import save_atomically
 
 ODD_NAMES = {
     "ünï 世界.png": "ünï 世界.png",
@@ -74,13 +76,23 @@ def test_ctrl_c_and_sigterm_end_a_run_with_one_line_and_no_orphans(tmp_path):
     for (name, number, _), run in zip(cases, runs, strict=True):
         _, err = run.communicate(timeout=20)
         by = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        assert (run.returncode, err) == (128 + number, f"stopped by {by}; what was saved is whole\n"), name
+        assert (run.returncode, err) == (128 + number, f"stopped by {by}; nothing was saved\n"), name
         assert (tmp_path / f"{name}.pth").read_bytes() == b"the old one"
         with pytest.raises(ProcessLookupError):  # nobody is left in its group
             for _ in range(20):
                 os.killpg(run.pid, 0)
                 time.sleep(0.1)
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize(("save", "words"), [(True, "what was saved is whole"), (False, "nothing was saved")])
+def test_a_stopped_run_says_whether_it_has_saved_anything(tmp_path, capsys, save, words):
+    save_atomically(tmp_path / "earlier", b"by another run")
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        if save:
+            save_atomically(tmp_path / "file", b"")
+        raise KeyboardInterrupt(130)
+    assert (stop.value.code, capsys.readouterr().err) == (130, f"stopped by Ctrl-C; {words}\n")
 
 
 @pytest.mark.parametrize("script", ["train.py", "predict.py"])

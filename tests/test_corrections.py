@@ -153,7 +153,7 @@ def test_what_stands_for_a_class_is_read_as_that_class(tmp_path, classes, named,
 def test_of_a_name_with_spaces_the_error_says_the_number(photos):
     os.rename("photos/red", "photos/dragon fruit")
     lines = problems_of(write("photos/blue/0.png dragon fruit\n"), train_path=Path("photos"))
-    assert lines == ("fixes.txt:1: a name with spaces can't stand here; for dragon fruit write its number, 1",)
+    assert lines == ("fixes.txt:1: a name with spaces needs a tab before it; or write for dragon fruit its number, 1",)
     write("path,label\nphotos/blue/0.png,dragon fruit\n", "fixes.csv")
     assert labels_of(load("fixes.csv", train_path=Path("photos")).train)["photos/blue/0.png"] == 1
 

@@ -12,7 +12,7 @@ import train
 from transfer.checkpoint import load_checkpoint
 from transfer.data import check_split, list_text, load_data, share_folders
 from transfer.inputs.folders import read_folder
-from transfer.inputs.formats import heic_command
+from transfer.inputs.heic import heic_command
 from transfer.inputs.lists import ImageList, read_list, why_unlistable
 from transfer.system.console import UserError
 from transfer.system.files import backup_path
@@ -228,6 +228,15 @@ def test_classes_with_the_same_folders_in_each_are_classes_and_that_is_told(spli
     assert capsys.readouterr().err == f"warning: {words}\n"
 
 
+def test_a_folder_one_level_above_the_class_folders_is_taken_with_a_warning_that_names_the_right_one(photos, capsys):
+    save_photo("more/new/1.png")
+    save_photo("more/new/2.png")
+    os.rename("photos", "more/my photos")
+    assert load(Path("more")).classes == ["my photos", "new"]
+    words = "my photos is one class, with the folders blue, green, red in it; if those are the classes"
+    assert capsys.readouterr().err == f"warning: more: {words}: --train 'more/my photos'\n"
+
+
 def test_without_any_argument_the_recipes_lists_are_taken(colours):
     data = load()
     assert (data.train.name, data.test.name, data.test_path) == ("train.txt", "test.txt", Path("test.txt"))
@@ -275,6 +284,15 @@ def test_as_many_heic_photos_as_may_be_unreadable_are_skipped_with_a_word_before
     assert err.startswith(
         "warning: photos: 1 HEIC photo, which can't be read: photos/red/IMG.HEIC; skipped; to convert: "
     )
+
+
+def test_a_heic_photo_under_the_name_of_a_jpeg_is_named_and_is_to_be_renamed_first(photos, monkeypatch):
+    monkeypatch.setattr("transfer.inputs.heic.SAMPLE", 3)  # of 34: every eleventh is opened, and then all
+    for name in ("blue/0.jpg", "red/IMG_1.jpg", "red/IMG_2.HEIC", "red/zzz.jpg"):
+        Path(f"photos/{name}").write_bytes(HEIC)
+    status, _, err = run_main(train.main, "--train", "photos", "--weights", "none")
+    assert status == 2 and "photos: 4 HEIC photos, which can't be read; rename " in err
+    assert "read; rename photos/blue/0.jpg, photos/red/IMG_1.jpg, photos/red/zzz.jpg to .heic; to convert: " in err
 
 
 @pytest.mark.parametrize("platform", ["darwin", "win32", "linux", "freebsd14"])

@@ -40,7 +40,8 @@ def test_up_to_one_percent_of_the_training_images_may_be_unusable(trained):
     Path("train.txt").write_text("".join([*good[:297], *(f"{n}-photo.jpg 0\n" for n in range(4))]))
     status, _, err = trained()
     assert status == 1 and Path("best.pth").read_bytes() == before
-    assert err.splitlines()[-1] == "error: train.txt: 4 of 301 images can't be read; fix or remove these lines"
+    total = "4 of 301 images can't be read (at most 3 may be skipped)"
+    assert err.splitlines()[-1] == f"error: train.txt: {total}; fix or remove these lines"
     Path("train.txt").write_text("".join([*good[:297], *(f"{n}-photo.jpg 0\n" for n in range(3))]))
     status, _, err = trained()
     assert status == 0
@@ -137,7 +138,8 @@ def test_test_images_are_read_first_and_the_training_pass_ends_once_more_are_unr
     monkeypatch.setattr(train, "read_image", spy)
     for name in ("red/train_1.png", "red/train_2.png", "blue/train_3.png"):
         Path(name).write_bytes(b"text")
-    assert job()[2].splitlines()[-1] == "error: train.txt: 3 of 12 images can't be read; fix or remove these lines"
+    total = "3 of 12 images can't be read (at most 1 may be skipped)"
+    assert job()[2].splitlines()[-1] == f"error: train.txt: {total}; fix or remove these lines"
     seen.clear()
     monkeypatch.setattr("transfer.extraction.SHOWN_PROBLEMS", 1)
     status, _, err = job()

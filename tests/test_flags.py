@@ -55,12 +55,25 @@ def test_a_command_line_with_augment_ends_in_one_line_that_says_that_it_is_gone(
         (parse_train_args, ["--train", "my", "pics"], "a path with spaces needs quotes: --train 'my pics'"),
         (parse_train_args, ["my pics"], "did you mean --train 'my pics'?"),
         (parse_train_args, ["none"], "'none' belongs to no flag; a path with spaces needs quotes"),
+        (
+            parse_train_args,
+            ["--train", "my pics/cat", "my pics/dog"],
+            "name the folder that the class folders are in: --train 'my pics'",
+        ),
+        (parse_train_args, ["--audit"], "--audit needs a value: --audit FILE"),
+        (
+            parse_predict_args,
+            [],
+            "name photos, folders or lists; examples: python predict.py photo.jpg; "
+            "python predict.py test.txt --report report.html",
+        ),
         (parse_predict_args, ["red.png", "--fromat", "json"], "there is no flag --fromat; did you mean --format?"),
     ],
 )
 def test_a_slip_of_the_pen_is_one_line_that_says_what_was_meant(tmp_path, monkeypatch, parse, argv, line):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my pics").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "my pics" / name).mkdir(parents=True)
     assert run_main(parse, *argv) == (2, "", f"error: {line}\n")
 
 

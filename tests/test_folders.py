@@ -134,7 +134,8 @@ def test_predicting_a_folder_counts_what_it_skips(model, quick_model):
         (lambda: os.mkdir("photos/yellow"), "photos/yellow: no image in this class folder; add some or remove it"),
         (
             lambda: save_photo("flat/1.png"),
-            "flat: no class folders in it; give each class's photos a folder of its own there",
+            "flat: no class folders in it; give each class's photos a folder of its own there; if it is a class "
+            "itself, name the folder it lies in",
         ),
         (lambda: None, "nowhere: no such file or directory; name a list, or a folder of class folders"),
     ],

@@ -9,6 +9,7 @@ import pytest
 from conftest import PLAIN, add_line, make_unreadable, run_main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from processes import run_forked, run_script
 
 import predict
@@ -155,6 +156,38 @@ def test_a_list_in_another_encoding_gets_an_error_that_names_it(trained, content
     assert run_main(predict.main, "train.txt") == (2, "", f"error: {problem}\n")
 
 
+def test_a_photo_in_the_place_of_a_list_is_called_an_image(trained):
+    Image.new("RGB", (9, 9)).save("photo.jpg")
+    problem = "photo.jpg: an image (JPEG), not a text file; name a list, or a folder"
+    assert trained("--train", "photo.jpg") == (2, "", f"error: {problem}\n")
+
+
+def test_a_class_name_with_spaces_stands_behind_a_tab_and_without_one_the_error_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("1 a.jpg", "2.jpg", "x.jpg\ty"):
+        Path(name).touch()
+    Path("list.txt").write_bytes(b"1 a.jpg\tred apple\r\n2.jpg \t kiwi\r\n")
+    photos, problems = read_list(Path("list.txt"), Path())
+    assert not problems and photos.paths() == [b"1 a.jpg", b"2.jpg"]
+    assert [photos.classes[label] for label in photos.labels] == ["red apple", "kiwi"]
+    Path("list.txt").write_text("x.jpg\ty 0\n1 a.jpg 1\n")  # with numbers a tab may be part of a path
+    assert read_list(Path("list.txt"), Path())[0].paths() == [b"x.jpg\ty", b"1 a.jpg"]
+    Path("list.txt").write_text("1 a.jpg red apple\n")
+    hint = "a class name with spaces needs a tab before it"
+    assert read_list(Path("list.txt"), Path())[1] == [f"list.txt:1: 1 a.jpg red: no such image; {hint}"]
+
+
+def test_a_list_none_of_whose_images_is_there_gets_one_hint_in_prediction(model, quick_model):
+    Path("notes.txt").write_text("milk\n")
+    reason = os.strerror(errno.ENOENT).lower()
+    hint = "paths are relative to the working directory, or to --root DIR"
+    assert run_main(predict.main, "notes.txt") == (
+        1,
+        "",
+        f"warning: notes.txt: none of the images in this list is there; {hint}\nerror: milk: {reason}\n",
+    )
+
+
 def test_lists_are_utf_8_and_output_is_safe_in_any_locale(colours):
     (colours / "é").mkdir()
     for name in ("train", "test"):
@@ -239,9 +272,11 @@ def test_paths_found_only_beside_the_list_get_the_root_as_hint(job, monkeypatch)
 
 
 def test_a_missing_list_gets_one_line(job):
-    os.remove("train.txt")
     words = os.strerror(errno.ENOENT).lower()
-    assert job() == (2, "", f"error: train.txt: {words}; name a list, or a folder of class folders\n")
+    fix = "list, or a folder of class folders"
+    assert job("--train", "gone.lst") == (2, "", f"error: gone.lst: {words}; name a {fix}\n")
+    os.remove("train.txt")
+    assert job() == (2, "", f"error: no train.txt in {Path.cwd()}; give --train PATH, a {fix.replace(',', '')}\n")
 
 
 def test_gaps_and_classes_of_one_image_get_a_warning_that_names_them(job):

@@ -9,16 +9,17 @@ from PIL import Image
 
 from transfer.pages.next_page import save_next
 from transfer.rows import Answer
+from transfer.system.files import path_digest
 
 
-def written(folder, count=3, name="class", path="photo"):
+def written(folder, count=3, name="class", path="photo", trained_lists=()):
     """The page of so many photos, of which the first can be read, and of four classes; and their probabilities."""
     Image.new("RGB", (64, 48), (200, 30, 30)).save(folder / "red.png")
     probs = torch.rand(count, 4, generator=torch.Generator().manual_seed(0)).softmax(1)
     paths = [bytes(folder / "red.png"), *(f"{path} {number}".encode() + b"\xff" for number in range(1, count))]
     answers = [Answer(paths[n], probs[n], rank=n + 1, worth=0.5 - n / 100) for n in range(count)]
     classes = [f"{name} {number}" for number in range(4)]
-    metadata = {"classes": classes}
+    metadata = {"classes": classes, "trained_lists": [*trained_lists]}
     save_next(folder / "next.html", answers, metadata, pile=1234, model=folder / "best.pth", sources=["pile", name])
     return (folder / "next.html").read_text(encoding="utf-8"), probs
 
@@ -34,9 +35,16 @@ def test_a_card_has_its_photo_rank_path_and_the_three_likeliest_classes(tmp_path
         assert guesses == [(str(label), share) for label, share in zip(tops.indices.tolist(), expected, strict=True)]
         assert f"<b>{number + 1}</b>" in card
     assert '<span class="copy">photo 2\\udcff</span>' in cards[2]
-    assert "run this in, with the flags that " in page and "train.py --corrections corrections.txt</code>" in page
-    assert "<h1>3 photos to label next</h1>" in page and "Of 1,234 photos" in page
+    assert "run this in, with the flags that " in page
+    assert "train.py --train PATH --corrections corrections.txt</code>" in page
+    assert "<h1>3 photos to label next</h1>" in page and "Of 1,234 photos in pile and class these" in page
     assert "choose its class. Without buttons: move it into its class’s folder or add its path" in page
+
+
+def test_a_model_of_the_lists_that_training_takes_by_itself_needs_no_train_flag(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page, _ = written(tmp_path, trained_lists=[path_digest("train.txt")])
+    assert "train.py --corrections corrections.txt</code>" in page
 
 
 def test_hostile_names_are_text(tmp_path):

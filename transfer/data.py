@@ -21,13 +21,14 @@ from transfer.inputs.classes import (
     own_names,
     remap_labels,
     renamed_classes,
+    warn_on_similar_names,
 )
 from transfer.inputs.corrections import ClassLabels, Corrections, read_corrections
 from transfer.inputs.depth import grey_bits_of
 from transfer.inputs.folders import check_depth, read_folder, split_folder
-from transfer.inputs.formats import heic_command, is_heic
+from transfer.inputs.heic import check_heic
 from transfer.inputs.lists import ImageList, check_lists, list_entry, read_list, why_unlistable
-from transfer.system.console import UserError, first_three, nearest_path, plural, printable, summarise, warn
+from transfer.system.console import UserError, nearest_path, printable, warn
 from transfer.system.files import backup_path
 from transfer.system.outputs import Output
 
@@ -88,8 +89,7 @@ def load_data(
     train, problems = read_source(train_path, root)
     problems += check_depth(train_path, train) if train.is_folder else []
     classes = class_names(train, classes_path) if len(train) else []
-    # In the order that --classes gave them; without it they are the classes, and need not be looked for again.
-    folders = own_names(train) if classes_path and len(train) else [*classes]
+    folders = own_names(train) if classes_path and len(train) else [*classes]  # in the order of --classes
     test_path = test_path or find_test_list(train_path, train, root, quiet=bool(problems))
     paths = [path for path in (val_path, test_path) if path]
     held_out, more = read_held_out(paths, root, train, folders)
@@ -98,6 +98,7 @@ def load_data(
     train, *held_out = corrected.apply_to_all(train, held_out)
     check_lists(train, held_out, [*problems, *more, *corrected.problems])
     check_classes(train, train_path)
+    warn_on_similar_names(train, classes)
     val, test = held_out[0] if val_path else None, held_out[-1] if test_path else None
     check_split(train, test, val_split)
     check_heic(train, held_out)
@@ -118,6 +119,9 @@ def find_parts(
     split. Raises UserError.
     """
     if train_path is None:
+        if not Path("train.txt").exists():
+            fix = "give --train PATH, a list or a folder of class folders"
+            raise UserError(f"no train.txt in {printable(Path.cwd())}; {fix}")
         return Path("train.txt"), None, test_path or Path("test.txt"), []
     parts = split_folder(train_path) if train_path.is_dir() else None
     if parts is None:
@@ -194,29 +198,6 @@ def check_classes(train: ImageList, path: Path) -> None:
             f"{why}; the folders in {printable(inner)} are classes, perhaps: --train {shlex.quote(printable(inner))}"
         )
     raise UserError(f"{why}; put a second class's photos in a folder of their own beside {printable(below)}")
-
-
-def check_heic(train: ImageList, held_out: Sequence[ImageList]) -> None:
-    """Name the HEIC photos, which can't be read, all at once and before the pass, with how to convert them. Raises
-    UserError where they are more than a hundredth of the training images, or any that are held out.
-    """
-    name_heic(train, max(1, len(train) // 100))
-    for image_list in held_out:
-        name_heic(image_list, 0)
-
-
-def name_heic(image_list: ImageList, most: int) -> None:
-    """`check_heic` of one list, of which so many may be left out."""
-    rows = [row for row, path in enumerate(image_list.each_path()) if is_heic(path)]
-    if not rows:
-        return
-    lines = [image_list.where(row) for row in rows]
-    total = f"{image_list.name}: {plural(len(rows), 'HEIC photo')}, which can't be read"
-    fix = heic_command(os.path.commonpath([os.path.dirname(image_list.path(row)) for row in rows]))
-    fix = f"to convert: {fix}" if image_list.classes else f"name JPEGs in the list; to convert: {fix}"
-    if len(rows) > most:
-        raise UserError(*summarise(lines, total, fix))
-    warn(f"{total}: {first_three(lines)}; skipped; {fix}")
 
 
 def share_folders(train: ImageList, test: ImageList) -> bool:

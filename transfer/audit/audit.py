@@ -24,8 +24,9 @@ FENCE = 1.5  # interquartile ranges above the upper quartile (Tukey 1977): outsi
 
 @dataclass(frozen=True)
 class Audit:
-    """All that an audit found; qualities: of the training labels and the test labels. trained_on: images that the heads
-    which judge labels were trained on, all or a part; curve: None where the images are too few or too many.
+    """All that an audit found; qualities: of the training labels and the test labels, which, where they were judged
+    together, share one estimate. trained_on: images that the heads which judge labels were trained on, all or a part;
+    curve: None where the images are too few or too many.
     """
 
     train: AuditSplit
@@ -34,6 +35,7 @@ class Audit:
     trained_on: int
     curve: Curve | None
     findings: list[Finding]
+    judged_together: bool = False
 
     def not_judged(self) -> str:
         """The photos whose labels were not judged, in words: of these the models know too little. Else nothing."""
@@ -131,4 +133,5 @@ def audit_splits(splits: Splits, test_logits: Tensor, hparams: Hyperparameters, 
     if work <= MOST_WORK:
         images = CrossValidation(train.features, train.labels, hparams.seed)
         curve = learning_curve(images, num_classes, lrs, hparams.batch_size)
-    return Audit(train, test, qualities, trainable(len(train.rows), num_classes)[0], curve, findings)
+    trained_on, _ = trainable(sum(len(part.rows) for part in (parts if judge is None else parts[:1])), num_classes)
+    return Audit(train, test, qualities, trained_on, curve, findings, judged_together=judge is None)

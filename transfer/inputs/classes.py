@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transfer.inputs.labels import same_name
 from transfer.inputs.lists import ImageList, read_text, set_classes
-from transfer.system.console import UserError, first_three, plural, printable
+from transfer.system.console import UserError, first_three, plural, printable, warn
 
 NEARLY_ALL = 0.75  # of a class's images in folders of one name: of a list, a tenth may be wrong labels
 
@@ -98,6 +98,17 @@ def class_names(image_list: ImageList, classes_path: Path | None) -> list[str]:
         fix = "give all the folders' names in the order you want, or new names" if image_list.classes else where
         raise UserError(f"{there}; {fix}")
     return names
+
+
+def warn_on_similar_names(image_list: ImageList, classes: Sequence[str]) -> None:
+    """Name the classes that are probably one, since their names differ in capitals or spaces alone."""
+    alike = defaultdict(list)
+    for name in classes:
+        alike["".join(name.casefold().split())].append(printable(name))
+    for names in alike.values():
+        if len(names) > 1:
+            fix = "if they are one, give them one name"
+            warn(f"{image_list.name}: classes {' and '.join(names)} differ in capitals or spaces alone; {fix}")
 
 
 def read_names(path: Path) -> list[str]:

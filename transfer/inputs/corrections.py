@@ -50,7 +50,7 @@ class ClassLabels:
             return f"no class has the number {printable(text)[:24]}; there are {len(self.classes)}, from 0"
         for label, name in enumerate(self.classes):
             if name.split()[1:] and same_name(name.split()[-1]) == same_name(text):
-                return f"a name with spaces can't stand here; for {printable(name)} write its number, {label}"
+                return f"a name with spaces needs a tab before it; or write for {printable(name)} its number, {label}"
         some = first_three([printable(name) for name in self.classes])
         return f"no class is called {printable(text)}; there are {some}"
 
@@ -164,7 +164,7 @@ def find_image(entry: bytes, root: Path) -> bytes:
 def split_fields(file: Path) -> Iterator[tuple[str, list[bytes]]]:
     """Where each line of a text list or CSV stands, and its fields. Raises UserError."""
     name, content = printable(file), read_text(file)
-    lines = split_table(name, content) if file.suffix.lower() == ".csv" else split_lines(content, "")
+    lines = split_table(name, content) if file.suffix.lower() == ".csv" else split_lines(content, "names")
     return ((f"{name}:{number}", fields) for number, fields in lines)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shlex
 from collections import deque
 from collections.abc import Container
 from dataclasses import dataclass, field
@@ -158,7 +159,8 @@ def read_folder(folder: Path) -> tuple[ImageList, list[str]]:
     for path, reason in contents.unreadable:
         problems.append(f"{printable(path)}: {reason}; give yourself permission to read it, or move it away")
     if not folders:
-        problems.append(f"{name}: no class folders in it; give each class's photos a folder of its own there")
+        fix = "give each class's photos a folder of its own there; if it is a class itself, name the folder it lies in"
+        problems.append(f"{name}: no class folders in it; {fix}")
     else:
         warn_on_skipped(top, contents)
     image_list = ImageList(name, contents.images, labels, range(1, len(labels) + 1))
@@ -220,6 +222,12 @@ def check_depth(folder: Path, image_list: ImageList) -> list[str]:
         only = folder / image_list.classes[0]
         names = first_three([printable(name) for name in sort_names(inner[0])])
         return [f"{image_list.name}: holds one folder, with {names} in it; name that one: --train {printable(only)}"]
+    deep = [label for label, folders in enumerate(inner) if len(folders) > 1 and "" not in folders]
+    if len(inner) > 1 and len(deep) == 1:
+        name = image_list.classes[deep[0]]
+        names, fix = first_three([printable(each) for each in sort_names(inner[deep[0]])]), folder / name
+        those = f"if those are the classes: --train {shlex.quote(printable(fix))}"
+        warn(f"{image_list.name}: {printable(name)} is one class, with the folders {names} in it; {those}")
     shared = set.intersection(*inner) if inner else set()
     if len(inner) > 1 and len(shared) > 1 and all(each == shared for each in inner) and "" not in shared:
         names, below = (

@@ -1,10 +1,7 @@
 """Formats: what a file's name and its first bytes say of the image in it."""
 
 import os
-import shlex
-import sys
 
-from transfer.system.console import printable
 from transfer.system.files import open_regular
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # MPO opens as JPEG, PGM and PBM as PPM
@@ -21,14 +18,6 @@ OTHER_SUFFIXES = (
 )
 HEAD = 32  # bytes, which tell the format
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
-# A shell command that converts the HEIC photos in a folder, by sys.platform, and renames the originals.
-FIND_HEIC = "find {} -iname '*.hei[cf]' -exec "
-HEIC_COMMANDS = {
-    "darwin": FIND_HEIC + "sips -s format jpeg {{}} --out {{}}.jpg \\; -exec mv {{}} {{}}.original \\;",
-    "win32": 'gci {} -r -i *.heic,*.heif | % {{ magick $_ "$_.jpg"; ren $_ "$($_.Name).original" }} '
-    "(needs ImageMagick)",
-    "linux": FIND_HEIC + "heif-convert {{}} {{}}.jpg \\; -exec mv {{}} {{}}.original \\; (needs libheif-examples)",
-}
 BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # their sizes: 'BM' alone begins many a text
 
 
@@ -67,18 +56,3 @@ def is_image(path: bytes) -> bool:
         return not ending.endswith(OTHER_SUFFIXES) and format_of(read_head(path)) is not None
     except OSError:
         return False
-
-
-def is_heic(path: bytes) -> bool:
-    """Whether a file with such a name is a HEIC photo; some are JPEGs. Of another name it is not opened."""
-    if not os.fsdecode(path).lower().endswith((".heic", ".heif")):
-        return False
-    try:
-        return format_of(read_head(path)) == "HEIC"
-    except OSError:
-        return False
-
-
-def heic_command(folder: bytes) -> str:
-    """What converts the HEIC photos in a folder, to be pasted into a shell."""
-    return HEIC_COMMANDS.get(sys.platform, HEIC_COMMANDS["linux"]).format(shlex.quote(printable(folder or b".")))

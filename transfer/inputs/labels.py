@@ -11,6 +11,7 @@ from transfer.system.console import UserError, printable
 
 MAX_CLASSES = 100_000  # beyond this a label is a slip of the pen, and its head would not fit
 NUMBERED = re.compile(rb"^[^\S\n]*[^#\s].*[^\S\n]\d+[^\S\n]*$", re.MULTILINE)  # a line that ends in a whole number
+SUFFIX_BYTES = tuple(map(str.encode, SUFFIXES))
 PATH_COLUMNS = ("path", "filename", "file", "filepath", "image", "image_path")
 LABEL_COLUMNS = ("label", "class", "category", "target")
 
@@ -82,9 +83,16 @@ class Labels:
 
 
 def split_lines(content: bytes, kind: str) -> Iterator[tuple[int, list[bytes]]]:
-    """The number of each line that is no comment, with its path and its label if it has one."""
+    """The number of each line that is no comment, with its path and its label if it has one.
+
+    kind: 'names' where a tab may come before a name with spaces, as a spreadsheet copies it; 'none' without labels.
+    """
     for number, line in enumerate(content.split(b"\n"), 1):
-        fields = [line.strip()] if kind == "none" else line.rsplit(None, 1)
+        path, _, name = line.rpartition(b"\t")
+        if kind == "names" and path.strip().lower().endswith(SUFFIX_BYTES) and name.strip():
+            fields = [path, name.strip()]
+        else:
+            fields = [line.strip()] if kind == "none" else line.rsplit(None, 1)
         entry = fields[0].strip() if fields else b"#"
         if entry and entry[:1] != b"#":
             yield number, [entry, *fields[1:]]

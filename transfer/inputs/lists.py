@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from transfer.inputs.formats import HEAD, format_of
 from transfer.inputs.labels import Labels, kind_of_lines, kind_of_table, sort_names, split_lines, split_table
 from transfer.system.console import (
     SHOWN_PROBLEMS,
@@ -114,6 +116,8 @@ def missing_hint(path: bytes, list_path: Path) -> str:
         return "write / instead of \\"
     if os.path.exists(os.path.join(os.fsencode(list_path.parent), path)):
         return f"it lies beside the list: add --root {printable(list_path.parent)}"
+    if any(os.path.isfile(path[: space.start()]) for space in re.finditer(rb"\s", path)):
+        return "a class name with spaces needs a tab before it"
     return "paths are relative to the working directory, or to --root DIR"
 
 
@@ -145,6 +149,8 @@ def read_text(path: Path) -> bytes:
         return raw.count(b"\n", 0, at) + 1
 
     nul = raw.find(b"\0")
+    if nul >= 0 and (kind := format_of(raw[:HEAD])):
+        raise UserError(f"{name}: an image ({kind}), not a text file; name a list, or a folder")
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or 0 <= nul < 1000:  # every other byte of English in UTF-16
         raise UserError(f"{name}:1: looks like UTF-16; save it as UTF-8")
     if nul >= 0:
@@ -252,7 +258,7 @@ def check_lists(train: ImageList, held_out: Sequence[ImageList], problems: Seque
 
 
 def check_unreadable(
-    image_list: ImageList, unreadable: dict[int, str], max_unreadable: float, stopped: bool = False
+    image_list: ImageList, unreadable: dict[int, str], max_unreadable: int, stopped: bool = False
 ) -> None:
     """Warn of each image that could not be read. Raises UserError (status 1) where they are too many.
 
@@ -260,7 +266,8 @@ def check_unreadable(
     """
     lines = [f"{image_list.where(index)}: {reason}" for index, reason in sorted(unreadable.items())]
     if len(lines) > max_unreadable or len(lines) == len(image_list):
-        total = f"{image_list.name}: {len(lines):,} of {len(image_list):,} images can't be read"
+        most = f" (at most {max_unreadable:,} may be skipped)" if max_unreadable else ""
+        total = f"{image_list.name}: {len(lines):,} of {len(image_list):,} images can't be read{most}"
         if stopped:
             total = f"{image_list.name}: {len(lines):,} images can't be read, more than 1% of the list: stopped there"
         fix = "convert, fix or remove them" if image_list.is_folder else "fix or remove these lines"

@@ -17,7 +17,7 @@ from transfer.inputs.corrections import ClassLabels, read_corrections
 from transfer.inputs.folders import images_below, read_folder
 from transfer.inputs.formats import SUFFIXES
 from transfer.inputs.labels import NUMBERED, same_name, sort_names
-from transfer.inputs.lists import LIST_SUFFIXES, ImageList, ListsError, as_stored, read_list
+from transfer.inputs.lists import LIST_SUFFIXES, ImageList, ListsError, as_stored, missing_hint, read_list
 from transfer.system.console import UserError, nearest_path, printable, warn
 from transfer.system.files import open_regular, path_digest
 
@@ -98,6 +98,9 @@ def read_sources(arguments: Sequence[str], root: Path, labelled: bool) -> list[S
             path = Path(argument)
             image_list, found = read_folder(path) if path.is_dir() else read_list(path, root, check_files=False)
             sources.append(Source(image_list, image_list.labelled))
+            if len(image_list) and not any(map(os.path.exists, image_list.each_path())):
+                hint = missing_hint(image_list.path(0), path)
+                warn(f"{printable(argument)}: none of the images in this list is there; {hint}")
         else:
             sources.append(Source(ImageList(argument, [as_stored(os.fsencode(argument))], [0], [0]), False))
         problems += found

@@ -90,25 +90,29 @@ def finding_card(finding: Finding, choices: Choices, thumbnails: Thumbnails) -> 
     return f'<li class="{kind}"{choices.attributes(paths)}>{picture}{text}</li>'
 
 
-def label_words(quality: LabelQuality, name: str, images: int) -> str:
-    """How many labels of a list are probably wrong, and how many of such errors the model can find at all."""
+def label_words(parts: Sequence[tuple[AuditSplit, LabelQuality]]) -> str:
+    """How many labels of lists that were judged together are probably wrong, and how many of such errors the model can
+    find at all.
+    """
+    quality = parts[0][1]
     power = f"Of wrong labels it finds about {10 * quality.power:.0f} in 10"
     if quality.weak:
-        return (
-            f"<p>{escape(name)}: {images:,} photos not judged. The model knows these classes too little. {power}.</p>"
-        )
-    return (
-        f"<p>{escape(name)}: {plural(len(quality.suspects), 'label')} of {images:,} probably wrong. "
-        f"Estimate: {quality.noise_rate:.1%} of the labels are wrong. {power}.</p>"
+        names = " and ".join(escape(split.image_list.name) for split, _ in parts)
+        images = sum(len(split.rows) for split, _ in parts)
+        return f"<p>{names}: {images:,} photos not judged. The model knows these classes too little. {power}.</p>"
+    counts = (
+        f"{escape(split.image_list.name)}: {plural(len(each.suspects), 'label')} of {len(split.rows):,} probably wrong"
+        for split, each in parts
     )
+    return f"<p>{'; '.join(counts)}. Estimate: {quality.noise_rate:.1%} of the labels are wrong. {power}.</p>"
 
 
 def judged_words(audit: Audit) -> str:
     """What was made of the labels of both lists."""
-    parts = zip((audit.train, audit.test), audit.qualities, strict=True)
-    judged, count = len(audit.train.rows), audit.trained_on
-    part = f"<p>The models that judge labels were trained on {count:,} of the photos.</p>" if count < judged else ""
-    return "".join(label_words(quality, split.image_list.name, len(split.rows)) for split, quality in parts) + part
+    parts = list(zip((audit.train, audit.test), audit.qualities, strict=True))
+    few = f"<p>The models that judge labels were trained on {audit.trained_on:,} of the training photos.</p>"
+    few = few if audit.trained_on < len(audit.train.rows) else ""
+    return "".join(map(label_words, [parts] if audit.judged_together else [[part] for part in parts])) + few
 
 
 def nothing_found(audit: Audit) -> str:

@@ -9,7 +9,7 @@ from transfer.pages.choices import SAME, SCRIPT, Choices
 from transfer.pages.html import Thumbnails, escape, page, shelves
 from transfer.rows import Answer
 from transfer.system.console import plural
-from transfer.system.files import save_atomically
+from transfer.system.files import path_digest, save_atomically
 
 GUESSES = 3  # classes shown for a photo
 
@@ -34,14 +34,16 @@ def save_next(
     path: Path, answers: Sequence[Answer], metadata: dict, *, pile: int, model: Path, sources: Sequence[str]
 ) -> None:
     """Draw the photos to label next, of a pile of so many. metadata: of the model. Raises UserError (status 1)."""
-    choices, thumbnails = Choices(ClassLabels.of_model(metadata), model=model), Thumbnails()
+    # A checkpoint does not tell where its photos lie, but whether they are those that train.py takes by itself.
+    flags = [] if path_digest("train.txt") in metadata.get("trained_lists", []) else ["--train", "PATH"]
+    choices, thumbnails = Choices(ClassLabels.of_model(metadata), flags, model=model), Thumbnails()
     cards = shelves([next_card(answer, choices, thumbnails) for answer in answers])
     names = " and ".join("standard input" if source == "-" else escape(source) for source in sources)
     title = f"{plural(len(answers), 'photo')} to label next"
     header = (
-        f'<p class="eyebrow">{names}</p><h1>{title}</h1><p class="lede">Of {pile:,} photos without labels these would '
-        f"help {escape(model)} most: typical of the others, unclear to the model, and different from each other."
-        f"{thumbnails.describe_cut()}</p>"
+        f'<p class="eyebrow">Photos without labels</p><h1>{title}</h1><p class="lede">Of {pile:,} photos in {names} '
+        f"these would help {escape(model)} most: typical of the others, unclear to the model, and different from each "
+        f"other.{thumbnails.describe_cut()}</p>"
     )
     words = (
         "<p>Look at each photo and choose its class. Without buttons: move it into its class’s folder or add its path "

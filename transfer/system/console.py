@@ -23,6 +23,12 @@ SHOWN_PROBLEMS = 10
 QUIET = 5  # seconds that a step takes without a word
 
 
+class Saves:
+    """Whether this run has saved a file, which then is whole."""
+
+    any = False
+
+
 class UserError(Exception):
     """What the user can fix: one line each, and the exit status (2: before work, 1: during)."""
 
@@ -108,6 +114,7 @@ def one_line_errors() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name never crashes an ASCII terminal
+    Saves.any = False
     try:
         with stop_on_signals():
             yield
@@ -131,7 +138,8 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt as stop:
         status = stop.args[0] if stop.args else status_of(signal.SIGINT)
         if get_rank() == 0:
-            print(f"stopped by {NAMES[status - 128]}; what was saved is whole", file=sys.stderr)
+            saved = "what was saved is whole" if Saves.any else "nothing was saved"
+            print(f"stopped by {NAMES[status - 128]}; {saved}", file=sys.stderr)
         sys.exit(status)
 
 

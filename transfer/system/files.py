@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from transfer.system.console import UserError, nearest_path, os_reason, printable
+from transfer.system.console import Saves, UserError, nearest_path, os_reason, printable
 from transfer.system.safetensors import is_safetensors, load_safetensors
 
 
@@ -125,6 +125,7 @@ def save_together(files: Sequence[tuple[Path, bytes | memoryview]], backups: Seq
         for (path, _), temporary in zip(files, temporaries, strict=True):
             with disk_errors(path):
                 os.replace(temporary, path.resolve())
+                Saves.any = True
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)

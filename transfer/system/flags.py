@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import importlib.util
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -36,6 +37,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(usage=usage, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required: IMAGE"):
+            message = f"name photos, folders or lists; {self.epilog}"
+        elif match := re.fullmatch("argument (--.*): expected one argument", message):
+            flag = match[1]
+            message = f"{flag} needs a value: {flag} {self._option_string_actions[flag].metavar}"
         self.exit(2, f"error: {message}\n")
 
     def parse(self, argv: Sequence[str] | None, path_flag: str | None = None) -> argparse.Namespace:
@@ -57,6 +63,9 @@ class Parser(argparse.ArgumentParser):
         for name, value in vars(args).items():
             if isinstance(value, str | Path) and os.path.exists(whole := f"{value} {text}"):
                 return f"a path with spaces needs quotes: --{name.replace('_', '-')} {shlex.quote(whole)}"
+        named = getattr(args, path_flag[2:]) if path_flag else None
+        if named and Path(named).is_dir() and Path(text).is_dir() and Path(text).parent == Path(named).parent:
+            return f"name the folder that the class folders are in: {path_flag} {shlex.quote(str(Path(text).parent))}"
         if path_flag and os.path.exists(text):
             return f"did you mean {path_flag} {shlex.quote(text)}?"
         return f"'{text}' belongs to no flag; a path with spaces needs quotes"
@@ -158,7 +167,7 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         usage="%(prog)s IMAGE [IMAGE ...] [option ...]",
         description="Name what is in images; where labels are known, score the answers.",
-        epilog="example: python predict.py test.txt --report report.html",
+        epilog="examples: python predict.py photo.jpg; python predict.py test.txt --report report.html",
     )
     what = "images, folders, lists ending in .txt, or - for paths on standard input"
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=what)

@@ -44,7 +44,8 @@ def case(folder, classes=4, findings=5, name="class", path="photo"):
     found = []
     for kind in KINDS:
         for number in range(findings):
-            other = (splits[0], (number + 1) % count) if kind in ("conflict", "leak", "duplicate") else None
+            step = {"conflict": 1, "leak": 1, "duplicate": classes}.get(kind)  # a duplicate is of one class
+            other = (splits[0], (number + step) % count) if step else None
             suggestion = (number + 1) % classes if kind in ("label", "conflict") else None
             split = splits[kind == "leak"]
             found.append(Finding(kind, split, number % count, 0.99 - number / 1000, suggestion, other))
@@ -81,18 +82,16 @@ def test_the_figures_are_those_of_the_table(tmp_path):
     assert f"<span>{float(label['score']):.0%}</span>" in first
     assert f"{label['list']}:{label['line']} " in first
     for name, quality in zip(("train.txt", "test.txt"), audit.qualities, strict=True):
-        words = (
-            f"<p>{name}: {len(quality.suspects)} labels of 12 probably wrong. Estimate: {quality.noise_rate:.1%} of "
-        )
-        assert (
-            f"{words}the labels are wrong. Of wrong labels it finds about {10 * quality.power:.0f} in 10.</p>" in page
-        )
+        words = f"<p>{name}: {len(quality.suspects)} labels of 12 probably wrong. Estimate: {quality.noise_rate:.1%}"
+        power = f"Of wrong labels it finds about {10 * quality.power:.0f} in 10.</p>"
+        assert page.count(f"{words} of the labels are wrong. {power}") == 1
+    assert "Not judged" not in page and page.count("both labelled <b>class 0</b>") == 2
+    assert "labelled <b>class 0</b> and <b>class 1</b>; probably <b>class 1</b>" in page
     weak = replace(audit.qualities[1], power=0.14)
     page, _, summary = written(tmp_path, replace(audit, qualities=(audit.qualities[0], weak)), names)
-    words = (
-        "test.txt: 12 photos not judged. The model knows these classes too little. Of wrong labels it finds about 1 in"
-    )
-    assert words in page and "<p>Not judged: 12 test photos</p>" in page and "(not judged: 12 test photos)" in summary
+    words = "test.txt: 12 photos not judged. The model knows these classes too little. Of wrong labels it finds about 1"
+    assert f"{words} in 10.</p>" in page and page.count("<p>Not judged: 12 test photos</p>") == 1
+    assert "(not judged: 12 test photos)" in summary
 
 
 def test_the_table_has_the_columns_that_are_promised(tmp_path):
@@ -122,6 +121,7 @@ def test_where_nothing_was_found_the_page_says_so(tmp_path):
         "one photo, two labels; test photos that are also training photos; photos that are there twice; strange photos"
     )
     assert f"<p>None found: labels that are probably wrong; {kinds}.</p>" in page and page.count("None found") == 1
+    assert page.count(" of 12 probably wrong. Estimate: ") == 2
     assert 'id="labels"' in page and "href" not in page and '<li class="card' not in page
     assert rows == [] and summary.endswith("0 probably wrong labels, 0 copies, 0 strange photos")
 
@@ -161,6 +161,7 @@ def test_the_curve_says_what_twice_the_photos_would_give_and_for_which_classes(t
     dots = re.findall(r'<circle class="blue" cx="([\d.]+)" cy="([\d.]+)"', page)
     assert dots[:2] == [("58.0", "172.4"), ("58.0", "168.6")] and len(dots) == 6
     assert '<text x="58.0" y="158.6" class="mid ink">31%</text>' in page  # above the highest dot
+    assert '<text x="386.0" y="248.0" class="mid">80</text>' in page
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,12 @@ def test_a_figure_has_no_decimals_that_its_interval_does_not_have(value, interva
     assert rounded_percent(value, interval) == words
 
 
+@pytest.mark.parametrize(("share", "mark"), [(0.5, "198.5"), (0, "0.0"), (1, "397.0")])
+def test_a_share_is_marked_on_its_line_with_its_interval_around_it(share, mark):
+    strip = report.interval_strip(share, (0.4, 0.6))
+    assert '<rect class="span" x="160.0" y="1" width="80.0"' in strip and f'<rect class="blue" x="{mark}"' in strip
+
+
 def test_the_mistakes_come_first_and_the_settings_last(tmp_path):
     names = re.findall("<h2>(.*?)</h2>", written(tmp_path, case(3, 12)))
     assert names == ["Mistakes", "Classes", "Confusion matrix", "Confidence", "Learning curves", "Settings"]
@@ -120,8 +126,9 @@ def test_the_table_lists_the_worst_recall_first_and_names_what_a_class_is_taken_
     guesses = torch.tensor([1, 1, 1, 1, 3, 3, 1, 2, 3, 3, 2, 2])
     probs = torch.eye(4)[guesses]
     given |= {"labels": labels, "probs": probs, "scores": scores_of(labels, probs)}
-    rows = table(written(tmp_path, given))
-    assert [(row[0], row[2], row[6]) for row in rows] == [
+    page = written(tmp_path, given)
+    assert re.findall(r'class="bar"><span style="--share:(.*?)%', page) == ["25.0", "50.0", "100.0", "0.0"]
+    assert [(row[0], row[2], row[6]) for row in table(page)] == [
         ("class 2", "25.0%", "class 3 (2)"),
         ("class 3", "50.0%", "class 2 (2)"),
         ("class 1", "100.0%", "–"),
@@ -141,6 +148,10 @@ def test_the_matrix_holds_every_count_once(tmp_path):
     }
     drawn = re.search(r'class="cells".*?</svg>', page, re.S)[0]
     assert sorted(map(int, re.findall(r">(\d+)</text>", drawn))) == sorted(counts.values())
+    hits = counts["class 0", "found"]
+    square = f'x="1" y="1" width="32" height="32" fill-opacity="{0.1 + 0.9 * hits / 16:.2f}"'
+    assert f'<title>class 0, found: {hits} of 16</title><rect class="cell" {square}/>' in drawn
+    assert '<rect class="frame" x=".5" y=".5" width="679" height="679"/>' in drawn  # 20 cells of 34
 
 
 def test_calibration_is_what_a_hand_counts():
@@ -159,7 +170,12 @@ def test_the_histogram_and_its_error_are_on_the_page(tmp_path):
     labels = torch.tensor([0, 1, 1, 0])
     probs = torch.tensor([[0.9, 0.05, 0.05], [0.9, 0.05, 0.05], [0.3, 0.6, 0.1], [0.6, 0.3, 0.1]])
     page = written(tmp_path, given | {"labels": labels, "probs": probs, "scores": scores_of(labels, probs)})
-    assert "80% to 90%: 1 right, 1 wrong" in page and "50% to 60%: 2 right, 0 wrong" in page
+    below, above = (f'x="330.8" y="{y}" width="31.6" height="96.0"/>' for y in ("134.0", "38.0"))
+    bars = f'<rect class="blue" {below}<rect class="orange" {above}</g><text x="346.6" y="32.0" class="mid">2</text>'
+    assert f"80% to 90%: 1 right, 1 wrong</title>{bars}" in page and "50% to 60%: 2 right, 0 wrong" in page
+    assert "right and wrong: 0 and 0; 0 and 0; 0 and 0; 0 and 0; 0 and 0; 2 and 0; 0 and 0; 0 and 0; 1 and 1; 0" in page
+    assert f'1 of 2 right at a mean confidence of 90.0%</title><rect class="blue few" {below}' in page
+    assert page.count('<path class="ideal" d="M44.0 230.0L400.0 38.0"/>') == 1
     assert '<b id="ece">40.00%</b>' in page
     assert "Mean confidence is 75.0%, and 75.0% are right" in page
 
@@ -173,6 +189,8 @@ def test_mistakes_come_by_falling_confidence_and_hits_by_rising(tmp_path):
     hits = [i for i in confidence.argsort().tolist() if right[i]][:12]
     cards = re.findall(r'<p class="path">photos/(\d+)\.jpg</p>', page)
     assert len(mistakes) == 24 and list(map(int, cards)) == mistakes + hits
+    wrong = int((~right).sum())
+    assert f"Most confident mistakes, 24 of {wrong}<" in page and f"Least confident hits, 12 of {300 - wrong}<" in page
     worst = mistakes[0]
     first = re.search(r'<li class="card">(.*?)</li>', page, re.S)[1]
     assert f"labelled <b>class {int(given['labels'][worst])}</b>" in first
@@ -183,6 +201,18 @@ def test_curves_mark_the_last_best_epoch_and_the_drop_of_the_rate(tmp_path):
     page = written(tmp_path, case(3, 12))
     assert page.count(">best, epoch 3</text>") == 2  # loss and accuracy
     assert page.count(">0.0025</text>") == 2 and page.count('class="drop" d=') == 2
+    # Of a loss of 3 at most, 1 is 64 high; from epoch to epoch it is 356 / 7.
+    line = re.search(r'class="line orange" d="([^"]*)"', page)[1]
+    assert line.startswith("M44.0 38.0L44.0 38.0L94.9 134.0L145.7 166.0L") and line.endswith("L400.0 206.0")
+    assert '<circle class="ring" cx="145.7" cy="166.0"' in page
+    assert page.count('<text x="400.0" y="248.0" class="mid">8</text>') == 2
+    assert "Loss by epoch, train from 2 to 0.25, test from 3 to 0.375; best epoch 3" in page
+
+
+def test_a_rate_is_written_above_its_drop_where_there_is_room():
+    marks = report.drop_marks([44, 100, 170, 170.5, 372], [8, 7, 6, 5, 4])
+    assert marks.count('class="drop"') == 4
+    assert re.findall(r'<text x="([\d.]+)" y="27.0" class="mid">(\d)<', marks) == [("100.0", "7"), ("170.5", "5")]
 
 
 def test_no_epoch_is_marked_where_none_was_best(tmp_path):
@@ -318,16 +348,26 @@ def test_nothing_is_fetched_and_nothing_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("classes", "name"), [(3, "class"), (20, "pomegranate"), (60, "果物"), (200, "a very long name")]
+    ("classes", "name", "letter"),
+    [(3, "class", 12), (24, "pomegranate", 12), (60, "果物", 11), (200, "a very long name", 9.5)],
 )
-def test_names_beside_the_matrix_do_not_overlap(tmp_path, classes, name):
+def test_names_beside_the_matrix_do_not_overlap(tmp_path, classes, name, letter):
     page = written(tmp_path, case(classes, 3 * classes, name))
     rows, size = matrix_names(page, "rows")
     columns, _ = matrix_names(page, "columns")
-    assert len(rows) == len(columns) == classes
+    assert len(rows) == len(columns) == classes and size == letter
     assert min(b[1] - a[1] for a, b in zip(rows, rows[1:])) >= size
     # At 45 degrees, lines of text lie cos 45° of their step apart.
     assert min(b[0] - a[0] for a, b in zip(columns, columns[1:])) * math.cos(math.pi / 4) >= size
+    cell = rows[1][1] - rows[0][1]
+    assert columns[0][0] == pytest.approx(cell / 2 + size / 4, abs=0.1)
+    drawn = re.findall(r'class="(rows|columns|cells)" width="(\d+)" height="(\d+)"', page)
+    wide, high = ({kind: int(each[side]) for kind, *each in drawn} for side in (0, 1))
+    assert wide["cells"] == high["cells"] == high["rows"] == pytest.approx(classes * cell, abs=classes * 0.1)
+    assert wide["columns"] == pytest.approx(wide["cells"] + high["columns"], abs=1)
+    assert columns[0][1] == pytest.approx(high["columns"] - 5, abs=1)
+    fit = float(re.search(r"--fit:([\d.]+)", page)[1])
+    assert fit == pytest.approx(min(1, 660 / (wide["rows"] + wide["columns"])), abs=0.002)
 
 
 def test_a_report_of_two_hundred_classes_is_no_giant(tmp_path):

@@ -22,7 +22,7 @@ from transfer.audit.label_errors import score_labels
 from transfer.audit.learning_curve import Curve
 from transfer.inputs.corrections import ClassLabels, Corrections
 from transfer.inputs.lists import ImageList
-from transfer.pages.audit_page import TITLES, WORDS, save_audit
+from transfer.pages.audit_page import TITLES, WORDS, balance_table, save_audit
 from transfer.pages.choices import SCRIPT, Choices
 
 
@@ -44,7 +44,8 @@ def case(folder, classes=4, findings=5, name="class", path="photo"):
     found = []
     for kind in KINDS:
         for number in range(findings):
-            other = (splits[0], (number + 1) % count) if kind in ("conflict", "leak", "duplicate") else None
+            step = {"conflict": 1, "leak": 1, "duplicate": classes}.get(kind)  # a duplicate is of one class
+            other = (splits[0], (number + step) % count) if step else None
             suggestion = (number + 1) % classes if kind in ("label", "conflict") else None
             split = splits[kind == "leak"]
             found.append(Finding(kind, split, number % count, 0.99 - number / 1000, suggestion, other))
@@ -67,7 +68,8 @@ def written(tmp_path, audit, names, model="best.pth", earlier=()):
 
 
 def test_the_figures_are_those_of_the_table(tmp_path):
-    page, rows, summary = written(tmp_path, *case(tmp_path, findings=7))
+    audit, names = case(tmp_path, findings=7)
+    page, rows, summary = written(tmp_path, audit, names)
     count = {kind: sum(row["kind"] == kind for row in rows) for kind in KINDS}
     figures = {key: int(re.search(rf'id="{key}">([\d,]+)<', page)[1]) for key in ("labels", "copies", "outliers")}
     copies = count["conflict"] + count["leak"] + count["duplicate"]
@@ -79,6 +81,17 @@ def test_the_figures_are_those_of_the_table(tmp_path):
     assert f"not <b>{label['label']}</b>? perhaps <b>{label['suggestion']}</b>" in first
     assert f"<span>{float(label['score']):.0%}</span>" in first
     assert f"{label['list']}:{label['line']} " in first
+    for name, quality in zip(("train.txt", "test.txt"), audit.qualities, strict=True):
+        words = f"<p>{name}: {len(quality.suspects)} labels of 12 probably wrong. Estimate: {quality.noise_rate:.1%}"
+        power = f"Of wrong labels it finds about {10 * quality.power:.0f} in 10.</p>"
+        assert page.count(f"{words} of the labels are wrong. {power}") == 1
+    assert "Not judged" not in page and page.count("both labelled <b>class 0</b>") == 2
+    assert "labelled <b>class 0</b> and <b>class 1</b>; probably <b>class 1</b>" in page
+    weak = replace(audit.qualities[1], power=0.14)
+    page, _, summary = written(tmp_path, replace(audit, qualities=(audit.qualities[0], weak)), names)
+    words = "test.txt: 12 photos not judged. The model knows these classes too little. Of wrong labels it finds about 1"
+    assert f"{words} in 10.</p>" in page and page.count("<p>Not judged: 12 test photos</p>") == 1
+    assert "(not judged: 12 test photos)" in summary
 
 
 def test_the_table_has_the_columns_that_are_promised(tmp_path):
@@ -108,6 +121,7 @@ def test_where_nothing_was_found_the_page_says_so(tmp_path):
         "one photo, two labels; test photos that are also training photos; photos that are there twice; strange photos"
     )
     assert f"<p>None found: labels that are probably wrong; {kinds}.</p>" in page and page.count("None found") == 1
+    assert page.count(" of 12 probably wrong. Estimate: ") == 2
     assert 'id="labels"' in page and "href" not in page and '<li class="card' not in page
     assert rows == [] and summary.endswith("0 probably wrong labels, 0 copies, 0 strange photos")
 
@@ -149,6 +163,7 @@ def test_a_curve_that_zigzags_more_than_it_rises_promises_nothing(tmp_path):
     page, _, _ = written(tmp_path, replace(audit, curve=replace(audit.curve, accuracy=points)), names)
     assert "Too few photos to tell: the points of the curve go up and down more than they rise." in page
     assert "as expected" not in page and "points)" not in page and "as it would go on" not in page
+    assert page.count('class="line blue"') == 1 and "line blue dash" not in page
 
 
 def test_the_curve_says_what_twice_the_photos_would_give_and_for_which_classes(tmp_path):
@@ -161,6 +176,14 @@ def test_the_curve_says_what_twice_the_photos_would_give_and_for_which_classes(t
     )
     assert "class 0 (+40 points)" in page
     assert f"40.5% of 20, 50.0% of 40, {sum(expected) / 2:.1%} of 80, the last as expected" in page
+    # Each size is twice the one before: equal steps; and 1% is 1.92 high, from 230 up.
+    ahead = f"M276.7 134.0L386.0 {230 - 96 * sum(expected):.1f}"
+    lines = [("line blue", "M58.0 170.5L167.3 152.2L276.7 134.0"), ("line blue dash", ahead)]
+    assert re.findall(r'<path class="(line [^"]*)" d="([^"]*)"', page) == lines
+    dots = re.findall(r'<circle class="blue" cx="([\d.]+)" cy="([\d.]+)"', page)
+    assert dots[:2] == [("58.0", "172.4"), ("58.0", "168.6")] and len(dots) == 6
+    assert '<text x="58.0" y="158.6" class="mid ink">31%</text>' in page  # above the highest dot
+    assert '<text x="386.0" y="248.0" class="mid">80</text>' in page
 
 
 @pytest.mark.parametrize(
@@ -175,7 +198,8 @@ def test_where_more_photos_would_help_and_only_there_the_command_that_chooses_th
 
 
 def test_the_balance_counts_every_image(tmp_path):
-    page, rows, _ = written(tmp_path, *case(tmp_path, classes=4, findings=5))
+    audit, names = case(tmp_path, classes=4, findings=5)
+    page, rows, _ = written(tmp_path, audit, names)
     body = re.search(r'<table id="balance">.*?<tbody>(.*?)</tbody>', page, re.S)[1]
     cells = [
         re.findall(r"<td[^>]*>(?:<span[^>]*></span>)?(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", body)
@@ -183,6 +207,12 @@ def test_the_balance_counts_every_image(tmp_path):
     assert [row[2:4] for row in cells] == [["3", "3"]] * 4
     suspects = {name: sum(row["kind"] == "label" and row["label"] == name for row in rows) for name, *_ in cells}
     assert [int(row[4]) for row in cells] == list(suspects.values()) and sum(suspects.values()) == 5
+    assert "The largest class has 3 training images, 1.0 times the smallest’s." in page
+    uneven = replace(audit, train=replace(audit.train, labels=torch.tensor([0] * 8 + [2] * 4)))
+    text = balance_table(uneven, names)
+    assert "The largest class has 8 training images, any number of times the smallest’s." in text
+    assert re.findall(r'<td title="(.*?)"', text) == ["class 1", "class 3", "class 2", "class 0"]
+    assert re.findall(r"--share:(.*?)%", text) == ["0.0", "0.0", "50.0", "100.0"]
 
 
 def test_hostile_names_are_text_and_nothing_is_fetched(tmp_path):

@@ -86,13 +86,14 @@ def matrix_names(page, kind):
 # Figures
 
 
-@pytest.mark.parametrize(("classes", "images"), [(3, 12), (20, 300), (200, 1500)])
+@pytest.mark.parametrize(("classes", "images"), [(3, 99), (20, 100), (200, 1500)])
 def test_the_figures_are_the_scores(tmp_path, classes, images):
     given = case(classes, images)
     scores, page = given["scores"], written(tmp_path, given)
     assert re.search(r'<span id="accuracy">([^<]*)</span>', page)[1] == f"{scores.accuracy:.0%}"
     assert f">{scores.top3:.0%}<" in page
     assert "95% interval {:.0%} to {:.0%}".format(*scores.accuracy_interval) in page
+    assert ("too few photos to tell" in page) == (images < 100) == ("points on average" not in page)
     rows = {row[0]: row[2:6] for row in table(page)}
     assert len(rows) == classes
     for index, name in enumerate(given["classes"]):
@@ -109,6 +110,12 @@ def test_a_figure_has_no_decimals_that_its_interval_does_not_have(value, interva
     assert rounded_percent(value, interval) == words
 
 
+@pytest.mark.parametrize(("share", "mark"), [(0.5, "198.5"), (0, "0.0"), (1, "397.0")])
+def test_a_share_is_marked_on_its_line_with_its_interval_around_it(share, mark):
+    strip = report.interval_strip(share, (0.4, 0.6))
+    assert '<rect class="span" x="160.0" y="1" width="80.0"' in strip and f'<rect class="blue" x="{mark}"' in strip
+
+
 def test_the_mistakes_come_first_and_the_settings_last(tmp_path):
     names = re.findall("<h2>(.*?)</h2>", written(tmp_path, case(3, 12)))
     assert names == ["Mistakes", "Classes", "Confusion matrix", "Confidence", "Learning curves", "Settings"]
@@ -120,8 +127,10 @@ def test_the_table_lists_the_worst_recall_first_and_names_what_a_class_is_taken_
     guesses = torch.tensor([1, 1, 1, 1, 3, 3, 1, 2, 3, 3, 2, 2])
     probs = torch.eye(4)[guesses]
     given |= {"labels": labels, "probs": probs, "scores": scores_of(labels, probs)}
-    rows = table(written(tmp_path, given))
-    assert [(row[0], row[2], row[6]) for row in rows] == [
+    page = written(tmp_path, given)
+    assert "Most frequent mistakes: class 2 taken for class 3 (2), class 3 taken for class 2 (2), class 2" in page
+    assert re.findall(r'class="bar"><span style="--share:(.*?)%', page) == ["25.0", "50.0", "100.0", "0.0"]
+    assert [(row[0], row[2], row[6]) for row in table(page)] == [
         ("class 2", "25.0%", "class 3 (2)"),
         ("class 3", "50.0%", "class 2 (2)"),
         ("class 1", "100.0%", "–"),
@@ -141,6 +150,21 @@ def test_the_matrix_holds_every_count_once(tmp_path):
     }
     drawn = re.search(r'class="cells".*?</svg>', page, re.S)[0]
     assert sorted(map(int, re.findall(r">(\d+)</text>", drawn))) == sorted(counts.values())
+    hits = counts["class 0", "found"]
+    square = f'x="1" y="1" width="32" height="32" fill-opacity="{0.1 + 0.9 * hits / 16:.2f}"'
+    count = f'<text class="mid count" x="17" y="21.3" font-size="12.0">{hits}</text>'
+    assert f'<title>class 0, found: {hits} of 16</title><rect class="cell" {square}/>{count}' in drawn
+    assert drawn.count('class="grid"') == 19
+    assert '<rect class="frame" x=".5" y=".5" width="679" height="679"/>' in drawn  # 20 cells of 34
+
+
+def test_of_very_many_classes_the_mistakes_are_named_and_not_drawn(monkeypatch):
+    scores = scores_of(torch.arange(3), torch.eye(3))
+    monkeypatch.setattr(report, "MAX_MATRIX_CLASSES", 3)
+    assert "<svg" in report.confusion_matrix(scores, ["a", "b", "c"])
+    monkeypatch.setattr(report, "MAX_MATRIX_CLASSES", 2)
+    words = "<p>Not drawn of more than 2 classes. No image was taken for another class.</p>"
+    assert report.confusion_matrix(scores, ["a", "b", "c"]) == words
 
 
 def test_calibration_is_what_a_hand_counts():
@@ -159,7 +183,15 @@ def test_the_histogram_and_its_error_are_on_the_page(tmp_path):
     labels = torch.tensor([0, 1, 1, 0])
     probs = torch.tensor([[0.9, 0.05, 0.05], [0.9, 0.05, 0.05], [0.3, 0.6, 0.1], [0.6, 0.3, 0.1]])
     page = written(tmp_path, given | {"labels": labels, "probs": probs, "scores": scores_of(labels, probs)})
-    assert "80% to 90%: 1 right, 1 wrong" in page and "50% to 60%: 2 right, 0 wrong" in page
+    below, above = (f'x="330.8" y="{y}" width="31.6" height="96.0"/>' for y in ("134.0", "38.0"))
+    bars = f'<rect class="blue" {below}<rect class="orange" {above}</g><text x="346.6" y="32.0" class="mid">2</text>'
+    assert f"80% to 90%: 1 right, 1 wrong</title>{bars}" in page and "50% to 60%: 2 right, 0 wrong" in page
+    assert "right and wrong: 0 and 0; 0 and 0; 0 and 0; 0 and 0; 0 and 0; 2 and 0; 0 and 0; 0 and 0; 1 and 1; 0" in page
+    assert f'1 of 2 right at a mean confidence of 90.0%</title><rect class="blue few" {below}' in page
+    assert page.count('<path class="ideal" d="M44.0 230.0L400.0 38.0"/>') == 1
+    shares = ["no images"] * 5 + ["100%", "no images", "no images", "50%", "no images"]
+    assert f"Share right in each tenth of confidence: {', '.join(shares)}" in page
+    assert report.reliability_chart([9, 10], [5, 5], [0.05, 0.15]).count("blue few") == 1
     assert '<b id="ece">40.00%</b>' in page
     assert "Mean confidence is 75.0%, and 75.0% are right" in page
 
@@ -173,9 +205,14 @@ def test_mistakes_come_by_falling_confidence_and_hits_by_rising(tmp_path):
     hits = [i for i in confidence.argsort().tolist() if right[i]][:12]
     cards = re.findall(r'<p class="path">photos/(\d+)\.jpg</p>', page)
     assert len(mistakes) == 24 and list(map(int, cards)) == mistakes + hits
+    wrong = int((~right).sum())
+    assert f"Most confident mistakes, 24 of {wrong}<" in page and f"Least confident hits, 12 of {300 - wrong}<" in page
     worst = mistakes[0]
     first = re.search(r'<li class="card">(.*?)</li>', page, re.S)[1]
-    assert f"labelled <b>class {int(given['labels'][worst])}</b>" in first
+    label, tops = int(given["labels"][worst]), given["probs"][worst].topk(3).indices.tolist()
+    assert f"labelled <b>class {label}</b>" in first
+    kinds = ["wrong", *("right" if guess == label else "" for guess in tops[1:])]
+    assert re.findall(r'<div class="guess ?(\w*)"', first) == kinds
     assert re.findall(r"<span>([\d.]+%)</span>", first) == [f"{p:.1%}" for p in given["probs"][worst].topk(3).values]
 
 
@@ -183,6 +220,37 @@ def test_curves_mark_the_last_best_epoch_and_the_drop_of_the_rate(tmp_path):
     page = written(tmp_path, case(3, 12))
     assert page.count(">best, epoch 3</text>") == 2  # loss and accuracy
     assert page.count(">0.0025</text>") == 2 and page.count('class="drop" d=') == 2
+    # Of a loss of 3 at most, 1 is 64 high; from epoch to epoch it is 356 / 7.
+    line = re.search(r'class="line orange" d="([^"]*)"', page)[1]
+    assert line.startswith("M44.0 38.0L44.0 38.0L94.9 134.0L145.7 166.0L") and line.endswith("L400.0 206.0")
+    assert '<circle class="ring" cx="145.7" cy="166.0"' in page
+    assert page.count('<text x="400.0" y="248.0" class="mid">8</text>') == 2
+    assert "Loss by epoch, train from 2 to 0.25, test from 3 to 0.375; best epoch 3" in page
+    assert page.count("test list<") == 1 == page.count("those of the test list.<") and "validation" not in page
+    split = [{key.replace("test", "val"): value for key, value in row.items()} for row in CURVES]
+    other = written(tmp_path, case(3, 12) | {"curves": split})
+    assert other.replace("validation split", "test list") == page and other.count("validation split") == 2
+
+
+@pytest.mark.parametrize(("x", "place"), [(104, ""), (104.1, "mid"), (340, "mid"), (340.1, "end")])
+def test_the_best_epochs_name_stays_within_the_chart(x, place):
+    mark = report.best_mark(x, 166, 3)
+    assert f'<text x="{x:.1f}" y="11.0" class="ink {place}">best, epoch 3<' in mark
+    assert f'd="M{x:.1f} 15.0L{x:.1f} 161.0"' in mark
+
+
+def test_the_history_beside_a_checkpoint_is_read_and_a_damaged_one_is_none(tmp_path):
+    (tmp_path / "best.csv").write_text("epoch,lr\n1,0.005\n")
+    assert report.read_history(tmp_path / "best.pth") == [{"epoch": "1", "lr": "0.005"}]
+    (tmp_path / "best.csv").write_bytes(b"epoch,lr\n1,\xff\n")
+    assert report.read_history(tmp_path / "best.pth") == report.read_history(tmp_path / "other.pth") == []
+
+
+def test_a_rate_is_written_above_its_drop_where_there_is_room():
+    marks = report.drop_marks([44, 100, 170, 170.5, 372], [8, 7, 6, 5, 4])
+    assert marks.count('class="drop"') == 4 and 'd="M100.0 32.0L100.0 230.0"' in marks
+    assert len(report.drops(range(13, 0, -1))) == 12 and report.drops(range(14, 0, -1)) == []
+    assert re.findall(r'<text x="([\d.]+)" y="27.0" class="mid">(\d)<', marks) == [("100.0", "7"), ("170.5", "5")]
 
 
 def test_no_epoch_is_marked_where_none_was_best(tmp_path):
@@ -235,7 +303,8 @@ def test_a_checkpoint_without_metadata_and_no_curves_leave_a_page(tmp_path):
 @pytest.mark.parametrize("loss", ["0", "-1", "1e-12", "1e300"])
 def test_a_single_epoch_of_any_loss_is_drawn(tmp_path, loss):
     row = CURVES[0] | {"train_loss": loss, "test_loss": loss, "extra": "x"}
-    assert written(tmp_path, case(3, 12) | {"curves": [row]}).count(">best, epoch 1</text>") == 2
+    page = written(tmp_path, case(3, 12) | {"curves": [row]})
+    assert page.count(">best, epoch 1</text>") == page.count('y="248.0" class="mid">1</text>') == 2
 
 
 @pytest.mark.parametrize("damage", [{"lr": "x"}, {"test_loss": None}, {"train_loss": "nan"}])
@@ -318,16 +387,26 @@ def test_nothing_is_fetched_and_nothing_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("classes", "name"), [(3, "class"), (20, "pomegranate"), (60, "果物"), (200, "a very long name")]
+    ("classes", "name", "letter"),
+    [(3, "class", 12), (24, "pomegranate", 12), (60, "果物", 11), (200, "a very long name", 9.5)],
 )
-def test_names_beside_the_matrix_do_not_overlap(tmp_path, classes, name):
+def test_names_beside_the_matrix_do_not_overlap(tmp_path, classes, name, letter):
     page = written(tmp_path, case(classes, 3 * classes, name))
     rows, size = matrix_names(page, "rows")
     columns, _ = matrix_names(page, "columns")
-    assert len(rows) == len(columns) == classes
+    assert len(rows) == len(columns) == classes and size == letter
     assert min(b[1] - a[1] for a, b in zip(rows, rows[1:])) >= size
     # At 45 degrees, lines of text lie cos 45° of their step apart.
     assert min(b[0] - a[0] for a, b in zip(columns, columns[1:])) * math.cos(math.pi / 4) >= size
+    cell = rows[1][1] - rows[0][1]
+    assert columns[0][0] == pytest.approx(cell / 2 + size / 4, abs=0.1)
+    drawn = re.findall(r'class="(rows|columns|cells)" width="(\d+)" height="(\d+)"', page)
+    wide, high = ({kind: int(each[side]) for kind, *each in drawn} for side in (0, 1))
+    assert wide["cells"] == high["cells"] == high["rows"] == pytest.approx(classes * cell, abs=classes * 0.1)
+    assert wide["columns"] == pytest.approx(wide["cells"] + high["columns"], abs=1)
+    assert columns[0][1] == pytest.approx(high["columns"] - 5, abs=1)
+    fit = float(re.search(r"--fit:([\d.]+)", page)[1])
+    assert fit == pytest.approx(min(1, 660 / (wide["rows"] + wide["columns"])), abs=0.002)
 
 
 def test_a_report_of_two_hundred_classes_is_no_giant(tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from transfer.features import Features
-from transfer.system.console import UserError
+from transfer.system.console import QUIET, Progress, UserError
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,14 @@ class FeatureLoader:
         views = torch.tensor(epoch_views(self.epoch, self.features.num_views))
         rows, views = torch.cartesian_prod(self.features.rows, views).T
         order = torch.randperm(len(rows), generator=self.generator)
-        return self.features.batches(rows[order], views[order], self.batch_size)
+        return self.count(self.features.batches(rows[order], views[order], self.batch_size), len(rows))
+
+    def count(self, batches: Iterator[tuple[Tensor, Tensor]], total: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same batches, with progress in an epoch that takes long."""
+        progress = Progress(f"epoch {self.epoch}:", total, quiet=QUIET, noun="views")
+        for batch in batches:
+            yield batch
+            progress.add(len(batch[1]))
 
 
 class Loaders(NamedTuple):

@@ -1,5 +1,8 @@
 """Neighbours: the nearest by features, tile by tile, are those that all distances give."""
 
+import signal
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import growth
@@ -39,17 +42,20 @@ def clusters(count, width, seed=0):
 def test_through_cells_nearly_all_of_the_nearest_are_found(monkeypatch):
     keys = clusters(4000, 32)
     exact_distances, exact = nearest(keys, keys, True)
+    assert torch.equal(exact, nearest(keys, keys, True, seed=1)[1])
     monkeypatch.setattr(neighbours, "EXACT", 1000)
+    monkeypatch.setattr(neighbours, "PROBES", 3)  # of 16 cells
     distances, rows = nearest(keys, keys, True)
     found = (rows[:, :, None] == exact[:, None]).any(2).double().mean()
     assert found > 0.95 and not (rows == torch.arange(len(keys))[:, None]).any()
     assert torch.allclose(distances[rows == exact], exact_distances[rows == exact], atol=1e-3)
-    assert torch.equal(rows, nearest(keys, keys, True)[1])  # drawn by seed
+    assert torch.equal(rows, nearest(keys, keys, True)[1])
+    assert not torch.equal(rows, nearest(keys, keys, True, seed=1)[1])  # drawn by seed
 
 
 def test_the_memory_of_the_search_does_not_grow_with_the_keys():
-    queries = torch.randn(8, 1, 512)
-    few, many = (torch.randn(count, 2, 512) for count in (4096, 40_960))  # 17 and 168 MB
+    queries = torch.randn(8, 1, 256)
+    few, many = (torch.randn(count, 2, 256) for count in (21_000, 84_000))  # 43 and 172 MB, both through cells
     assert growth(lambda: nearest(queries, many)) - growth(lambda: nearest(queries, few)) < 40 << 20
 
 
@@ -62,3 +68,21 @@ def test_features_mapped_in_chunks_have_the_neighbours_of_one_tensor(monkeypatch
     monkeypatch.setattr(neighbours, "EXACT", 100)
     for ours, theirs in zip(nearest(mapped, mapped, True), nearest(table, table, True), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("exact", [0, 999])
+def test_progress_counts_each_query_once_and_a_signal_ends_the_search(monkeypatch, exact):
+    keys, counted = clusters(300, 8), []
+    monkeypatch.setattr(neighbours, "EXACT", exact)
+    monkeypatch.setattr(neighbours, "TILE", 70)
+    nearest(keys, keys, True, progress=SimpleNamespace(add=counted.append))
+    assert sum(counted) == 300 and min(counted) >= 0
+    monkeypatch.setattr("transfer.system.signals.StopRequest.signum", signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        nearest(keys, keys, True)
+
+
+def test_of_equal_images_empty_cells_keep_their_direction():
+    keys = torch.zeros(1000, 1, 4)
+    keys[:20] = torch.randn(20, 1, 4, generator=torch.Generator().manual_seed(0))
+    assert neighbours.find_cells(torch.cat([keys, -keys]), 0).centres.norm(dim=1).max() > 0.99

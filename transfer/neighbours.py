@@ -64,7 +64,7 @@ def nearest(
 
 def squared_distances(queries: Tensor, keys: Tensor) -> Tensor:
     """Between queries (n, D) and keys (m, V, D), to the nearest view of each: (n, m)."""
-    squares = keys.square().sum(2)
+    squares = torch.linalg.vector_norm(keys, dim=2).square()  # keys.square() would take as much memory again
     products = (torch.addmm(squares[:, v], queries, keys[:, v].T, alpha=-2) for v in range(keys.shape[1]))
     found = functools.reduce(torch.minimum, products)
     return found.add_(queries.square().sum(1, keepdim=True)).clamp_min_(0)

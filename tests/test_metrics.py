@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from transfer.metrics import (
     ClassificationScores,
     MetricMeter,
+    ScoredImage,
+    ScoredImages,
     class_weights,
     classification_report,
     likeliest,
@@ -187,3 +189,16 @@ def test_weights_make_classes_count_alike_and_images_one_on_average():
     assert sums == pytest.approx([45 / 3] * 3) and weights[[0, 1, 3]].tolist() == pytest.approx([0.5, 1.5, 3])
     assert float(weights[labels].mean()) == pytest.approx(1)
     assert class_weights(torch.tensor([0, 0, 0, 1]), 2).tolist() == pytest.approx([2 / 3, 2])  # also of a single image
+
+
+def test_of_many_images_the_most_confident_mistakes_and_the_least_confident_hits_are_kept_alone():
+    generator, images, kept = torch.Generator().manual_seed(0), [], ScoredImages()
+    for number in range(500):
+        probs = (3 * torch.randn(3, generator=generator)).round().softmax(0)  # some of equal confidence
+        images.append(ScoredImage.of(b"%d" % number, number % 3, probs))
+        kept.add(images[-1])
+    by_confidence = sorted(images, key=lambda image: image.confidence)
+    assert kept.mistakes() == [image for image in reversed(by_confidence) if not image.right][:24]
+    assert kept.hits() == [image for image in by_confidence if image.right][:24]
+    assert kept.right.tolist() == [image.right for image in images] and len(kept) == 500
+    assert torch.allclose(kept.confidence, torch.tensor([image.confidence for image in images]))

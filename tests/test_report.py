@@ -10,7 +10,7 @@ import torch
 from browsing import HOSTILE, Page, ask, complaints, fetched, show
 from PIL import Image
 
-from transfer.metrics import ClassificationScores, ScoredImage, calibration_bins, rounded_percent
+from transfer.metrics import ClassificationScores, ScoredImage, ScoredImages, calibration_bins, rounded_percent
 from transfer.pages import report
 from transfer.system.console import UserError, printable
 from transfer.system.files import path_digest
@@ -61,7 +61,9 @@ def written(tmp_path, given, target="report.html"):
     """The page that is made of it; the curves lie beside the model, as training leaves them."""
     labels, names = given["labels"].tolist(), {key: given[key] for key in ("model", "lists")}
     whole = zip(given["paths"][: len(labels)], labels, given["probs"], strict=True)
-    images = [ScoredImage.of(path, label, probs) for path, label, probs in whole]
+    images = ScoredImages()
+    for path, label, probs in whole:
+        images.add(ScoredImage.of(path, label, probs))
     metadata = {"classes": given["classes"]} | given["metadata"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "read_history", lambda model: given["curves"] if model == given["model"] else None)

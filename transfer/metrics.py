@@ -1,6 +1,8 @@
 """Metrics: what is right and wrong on images with labels: of an epoch, or of a list with its table and calibration."""
 
+import heapq
 import math
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,6 +16,7 @@ from transfer.system.console import printable
 
 NONE = "–"  # in place of 0 / 0
 MAX_NAME_LENGTH = 24  # letters of a class name in the table
+SHOWN = 24  # images of a kind that a report shows at most
 BINS = 10  # of confidence, as Guo et al. (2017) have them
 
 
@@ -155,6 +158,44 @@ class ScoredImage(NamedTuple):
     @property
     def right(self) -> bool:
         return self.guesses[0] == self.label
+
+
+class ScoredImages:
+    """What a report keeps of n images: of all how sure the model was and whether it was right, in 5 bytes each; of the
+    most confident mistakes and the least confident hits, SHOWN each at most, all that is shown.
+    """
+
+    def __init__(self):
+        self.confidences, self.rights = array("f"), bytearray()
+        self.ranked = [], []  # heaps: mistakes by confidence, hits by the opposite; of equal ones by their place
+
+    def __len__(self) -> int:
+        return len(self.rights)
+
+    def add(self, image: ScoredImage) -> None:
+        place = len(self)
+        self.confidences.append(image.confidence)
+        self.rights.append(image.right)
+        heap, sign = self.ranked[image.right], -1 if image.right else 1
+        heapq.heappush(heap, (sign * image.confidence, sign * place, image))
+        if len(heap) > SHOWN:
+            heapq.heappop(heap)
+
+    @property
+    def confidence(self) -> Tensor:
+        return torch.tensor(self.confidences)
+
+    @property
+    def right(self) -> Tensor:
+        return torch.tensor(self.rights, dtype=torch.bool)
+
+    def mistakes(self) -> list[ScoredImage]:
+        """The most confident first."""
+        return [image for *_, image in sorted(self.ranked[False], reverse=True)]
+
+    def hits(self) -> list[ScoredImage]:
+        """The least confident first."""
+        return [image for *_, image in sorted(self.ranked[True], reverse=True)]
 
 
 def calibration_bins(confidence: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from transfer.metrics import ClassificationScores, ScoredImage, likeliest
+from transfer.metrics import ClassificationScores, ScoredImage, ScoredImages, likeliest
 from transfer.system.console import Progress, printable
 
 
@@ -104,11 +104,11 @@ def print_rows(
     *,
     keep: bool,
     progress: Progress | None,
-) -> tuple[ClassificationScores, list[Answer | ScoredImage], int]:
+) -> tuple[ClassificationScores, list[Answer] | ScoredImages, int]:
     """Print a row for each image as soon as it is there. Returns the scores of those with labels; if keep, these or the
     ones to label next, for a page; and how many can't be read.
     """
-    scores, kept, unreadable = ClassificationScores(num_classes), [], 0
+    scores, proposals, scored, unreadable = ClassificationScores(num_classes), [], ScoredImages(), 0
     for answer in answers:
         print_row(answer)
         sys.stdout.flush()  # somebody may wait for it
@@ -117,9 +117,9 @@ def print_rows(
         elif answer.label is not None:
             scores.update(answer.label, answer.found)
         if keep and answer.rank:
-            kept.append(answer)
+            proposals.append(answer)
         elif keep and answer.label is not None and not isinstance(answer.found, str):
-            kept.append(ScoredImage.of(answer.path, answer.label, answer.found))
+            scored.add(ScoredImage.of(answer.path, answer.label, answer.found))
         if progress:
             progress.add(1)
-    return scores, kept, unreadable
+    return scores, proposals or scored, unreadable

@@ -7,10 +7,18 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from transfer.metrics import BINS, NONE, ClassificationScores, ScoredImage, calibration_bins, percent, rounded_percent
+from transfer.metrics import (
+    BINS,
+    NONE,
+    ClassificationScores,
+    ScoredImage,
+    ScoredImages,
+    calibration_bins,
+    percent,
+    rounded_percent,
+)
 from transfer.pages.html import (
     BOTTOM,
     HEIGHT,
@@ -34,7 +42,7 @@ from transfer.pages.html import (
 )
 from transfer.system.files import history_path, path_digest, save_atomically
 
-MISTAKES, HITS = 24, 12  # images shown of each
+HITS = 12  # images shown
 MAX_DROPS = 12  # of the learning rate that are marked
 FEW = 10  # images below which a share says little
 ENOUGH_IMAGES = 100  # for a calibration error: by chance alone it is some 15 points of 15 images
@@ -327,18 +335,18 @@ def card(image: ScoredImage, classes: list[str]) -> str:
     )
 
 
-def gallery(images: Sequence[ScoredImage], classes: list[str]) -> str:
+def gallery(images: ScoredImages, classes: list[str]) -> str:
     """The most confident mistakes and the least confident hits."""
-    by_confidence = sorted(images, key=lambda image: image.confidence)
-    mistakes = [image for image in reversed(by_confidence) if not image.right]
-    hits = [image for image in by_confidence if image.right]
+    right = sum(images.rights)
+    wrong = len(images) - right
     parts = [
         "<p>Where a true label looks wrong, this is the place to see it. "
         "Blue is the class of the label, orange the mistake.</p>"
     ]
-    for name, chosen, most in (("Most confident mistakes", mistakes, MISTAKES), ("Least confident hits", hits, HITS)):
-        count = f"{min(most, len(chosen))} of {len(chosen):,}" if chosen else "there are none"
-        cards = "".join(card(image, classes) for image in chosen[:most])
+    mistakes, hits = images.mistakes(), images.hits()[:HITS]
+    for name, chosen, total in (("Most confident mistakes", mistakes, wrong), ("Least confident hits", hits, right)):
+        count = f"{len(chosen)} of {total:,}" if chosen else "there are none"
+        cards = "".join(card(image, classes) for image in chosen)
         parts.append(f'<h3 class="shelf">{name}, {count}</h3><ul class="cards">{cards}</ul>')
     return "".join(parts)
 
@@ -429,7 +437,7 @@ def save_report(
     path: Path,
     metadata: dict,
     scores: ClassificationScores,
-    images: Sequence[ScoredImage],
+    images: ScoredImages,
     *,
     model: Path,
     lists: Sequence[str],
@@ -439,8 +447,7 @@ def save_report(
     metadata: of the checkpoint; lists: the lists and folders whose images they are.
     """
     classes, list_name = metadata["classes"], ", ".join(lists)
-    confidence = torch.tensor([image.confidence for image in images])
-    right = torch.tensor([image.right for image in images])
+    confidence, right = images.confidence, images.right
     header = (
         f'<p class="eyebrow">Image classifier report</p><h1>{escape(model)}</h1><p class="lede">Tested on the '
         f"{len(images):,} images of {escape(list_name)}, {len(classes):,} classes.</p>"

@@ -17,7 +17,7 @@ from transfer.backbone import READING_VERSION
 from transfer.device import Compute
 from transfer.inputs.images import PassingReason
 from transfer.inputs.lists import ImageList
-from transfer.system.console import UserError, printable, warn
+from transfer.system.console import QUIET, Progress, UserError, printable, track, warn
 from transfer.system.files import MappingError, load_untrusted, save_atomically, serialized
 
 KEY_BYTES = 16  # two int64
@@ -45,7 +45,7 @@ def image_keys(image_list: ImageList, rows: range) -> Tensor:
     Not its label, nor its place in the list. Two files that change places keep sizes and times, but not the inodes.
     All 0 where there is no such file (any more): the pass will say so.
     """
-    keys = bytearray()
+    keys, progress = bytearray(), Progress("looked up:", len(rows), quiet=QUIET)
     for listed in itertools.islice(image_list.each_path(), rows.start, rows.stop):
         key = bytes(KEY_BYTES)
         with contextlib.suppress(OSError):
@@ -53,6 +53,7 @@ def image_keys(image_list: ImageList, rows: range) -> Tensor:
             about = path, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
             key = hashlib.blake2b(repr(about).encode(), digest_size=KEY_BYTES).digest()
         keys += key
+        progress.add(1)
     return torch.frombuffer(keys or bytearray(KEY_BYTES), dtype=torch.int64).view(-1, 2)[: len(rows)]
 
 
@@ -89,7 +90,8 @@ class FeatureCache:
             used = places[:, 0].unique()
             used = used[used >= 0]
             paths = [all_paths[number] for number in used.tolist()]
-            chunks = [self.read(path, tables[path]) for path in paths]
+            alone = track("read from the cache:", [[path] for path in paths], "files")
+            chunks = [self.read(path, tables[path]) for (path,) in alone]
             if all(chunks):
                 renumbered = torch.searchsorted(used, places[:, 0].contiguous())
                 places[:, 0] = torch.where(places[:, 0] < 0, -1, renumbered)

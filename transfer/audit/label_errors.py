@@ -20,7 +20,7 @@ RIGHT_BEFORE = (
 LEAST_SHARE = 0.01  # of wrong labels, for which a model's power to find them is estimated
 WEAK = 0.2  # power below which a model can't judge labels
 MOST_TRAINED = 1_000_000_000  # images times classes times folds: minutes on two cores
-MAX_LOGITS = 10_000_000  # that two numbers are fitted on
+MAX_LOGITS = 5_000_000  # that two numbers are fitted on
 PART = 1_000_000  # logits at a time: 8 MB in float64
 
 

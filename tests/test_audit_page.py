@@ -79,7 +79,8 @@ def test_the_figures_are_those_of_the_table(tmp_path):
     label = next(row for row in rows if row["kind"] == "label")
     first = re.search(r'<li class="card"[^>]*>(.*?)</li>', page, re.S)[1]
     assert f"not <b>{label['label']}</b>? perhaps <b>{label['suggestion']}</b>" in first
-    assert f"<span>{float(label['score']):.0%}</span>" in first
+    score = float(label["score"])
+    assert f'<span>{score:.0%}</span><i style="--share:{score:.1%}"></i></div>' in first
     assert f"{label['list']}:{label['line']} " in first
     for name, quality in zip(("train.txt", "test.txt"), audit.qualities, strict=True):
         words = f"<p>{name}: {len(quality.suspects)} labels of 12 probably wrong. Estimate: {quality.noise_rate:.1%}"
@@ -87,6 +88,7 @@ def test_the_figures_are_those_of_the_table(tmp_path):
         assert page.count(f"{words} of the labels are wrong. {power}") == 1
     assert "Not judged" not in page and page.count("both labelled <b>class 0</b>") == 2
     assert "labelled <b>class 0</b> and <b>class 1</b>; probably <b>class 1</b>" in page
+    assert page.count("; probably <b>") == count["conflict"] and page.count('<p class="path">') == 14 + 2 * 21
     weak = replace(audit.qualities[1], power=0.14)
     page, _, summary = written(tmp_path, replace(audit, qualities=(audit.qualities[0], weak)), names)
     words = "test.txt: 12 photos not judged. The model knows these classes too little. Of wrong labels it finds about 1"

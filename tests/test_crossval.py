@@ -147,6 +147,8 @@ def test_a_split_of_a_fifth_takes_a_fifth_of_each_class_and_another_seed_another
     labels = torch.tensor([0] * 100 + [1] * 10 + [2] * 3 + [3])
     held, other = (stratified_group_holdout(labels, torch.arange(114), 0.2, seed) for seed in (0, 1))
     assert torch.bincount(labels[held]).tolist() == [20, 2, 1] and not torch.equal(held, other)
+    pairs = stratified_group_holdout(torch.zeros(12, dtype=torch.int64), torch.arange(12) // 2, 0.25, 0)
+    assert pairs.sum() == 4  # of a quarter, 3 images, the second pair exceeds it by no more than half of a pair
 
 
 def test_a_split_of_the_sample_is_whole_and_has_near_duplicates_on_one_side(sample):

@@ -46,6 +46,8 @@ def test_of_many_classes_the_header_names_the_first_the_smallest_and_the_largest
     data = SimpleNamespace(train=image_list, classes=["Apfel", "banana", "c\x1b", "D" * 40, "E" * 24, "f", "g"])
     words = f"7 classes: Apfel 3, banana 3, c\\x1b 2, ...; smallest {'E' * 24} 1, largest "
     assert class_sizes(data) == f"{words}{'D' * 23}… 9"
+    data.train, data.classes = image_list.subset(torch.arange(22)), data.classes[:6]
+    assert class_sizes(data).endswith(f"{'E' * 24} 1, f 4")  # of six there is room for all
     data.train, data.classes = image_list.subset(torch.arange(8)), data.classes[:3]
     assert class_sizes(data) == "3 classes: Apfel 3, banana 3, c\\x1b 2"
 

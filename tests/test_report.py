@@ -407,6 +407,7 @@ def test_names_beside_the_matrix_do_not_overlap(tmp_path, classes, name, letter)
     assert wide["cells"] == high["cells"] == high["rows"] == pytest.approx(classes * cell, abs=classes * 0.1)
     assert wide["columns"] == pytest.approx(wide["cells"] + high["columns"], abs=1)
     assert columns[0][1] == pytest.approx(high["columns"] - 5, abs=1)
+    assert rows[0] == pytest.approx((wide["rows"] - 8, cell / 2 + 0.36 * size), abs=1)
     fit = float(re.search(r"--fit:([\d.]+)", page)[1])
     assert fit == pytest.approx(min(1, 660 / (wide["rows"] + wide["columns"])), abs=0.002)
 

@@ -1,5 +1,6 @@
 """Cross-validation: near-duplicates on one side, logits from heads that never saw the image."""
 
+import signal
 import time
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from conftest import HPARAMS
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from transfer.crossval import (
     assign_folds,
@@ -100,6 +102,34 @@ def test_folds_keep_groups_whole_and_spread_each_class(sizes, seed):
         counts = torch.bincount(fold[labels == label], minlength=4)
         assert counts.max() - counts.min() <= groups[labels == label].bincount().max()
     assert torch.equal(fold, assign_folds(labels, groups, k=4, seed=seed))
+
+
+def test_folds_of_many_small_classes_are_of_one_size():
+    assert assign_folds(torch.arange(42), torch.arange(42), k=4).bincount().tolist() in ([11, 11, 10, 10],)
+
+
+def test_a_fold_head_is_trained_as_the_recipe_trains_its_own_and_a_signal_ends_it(monkeypatch):
+    features, labels, _ = scenes()
+    rates, fold = [0.01, 0.01, 0.005], torch.ones(len(labels), dtype=torch.int64)  # head 0 never misses an image
+    options = {"num_classes": 6, "batch_size": 20, "seed": 3}
+    first = train_fold_heads(features, labels, fold, lrs=[0.0], **options)  # as heads are drawn
+    head = nn.Linear(64, 6)
+    head.load_state_dict({"weight": first.weights[:, :6].T.clone(), "bias": first.bias[:6].clone()})
+    generator = torch.Generator().manual_seed(3)
+    torch.empty(64, 12).uniform_(generator=generator), torch.empty(12).uniform_(generator=generator)
+    optimizer = torch.optim.Adam(head.parameters())
+    for rate in rates:
+        optimizer.param_groups[0]["lr"] = rate
+        for batch in torch.randperm(len(labels), generator=generator).split(40):  # of which each head sees a half
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(head(features[batch, 0]), labels[batch]).backward()
+            optimizer.step()
+    heads = train_fold_heads(features, labels, fold, lrs=rates, **options)
+    assert torch.allclose(heads.weights[:, :6], head.weight.T, atol=1e-5)
+    assert torch.equal(heads.weights[:, 6:], first.weights[:, 6:])  # head 1 misses all
+    monkeypatch.setattr("transfer.system.signals.StopRequest.signum", signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        train_fold_heads(features, labels, fold, lrs=rates, **options)
 
 
 def test_an_images_logits_do_not_depend_on_its_own_label():

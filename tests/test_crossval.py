@@ -102,6 +102,7 @@ def test_folds_keep_groups_whole_and_spread_each_class(sizes, seed):
         counts = torch.bincount(fold[labels == label], minlength=4)
         assert counts.max() - counts.min() <= groups[labels == label].bincount().max()
     assert torch.equal(fold, assign_folds(labels, groups, k=4, seed=seed))
+    assert assign_folds(torch.arange(8), torch.arange(8), k=4, seed=seed).bincount().tolist() == [2] * 4
 
 
 def test_folds_of_many_small_classes_are_of_one_size():
@@ -140,6 +141,7 @@ def test_an_images_logits_do_not_depend_on_its_own_label():
     held = fold == 2
     changed[held] = (labels[held] + 1) % 6
     after = logits_of(features, changed, fold, num_classes=6, epochs=3)
+    assert not before.isnan().any()  # each image has some
     assert torch.equal(before[held], after[held]) and not torch.equal(before[~held], after[~held])
 
 

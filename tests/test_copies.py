@@ -9,7 +9,7 @@ from conftest import ROOT
 from PIL import Image
 
 import train
-from transfer.audit.copies import SAME_PHOTO, candidates, copy_findings, similarity, thumbnails
+from transfer.audit.copies import SAME_PHOTO, candidates, copy_findings, copy_groups, similarity, thumbnails
 from transfer.audit.findings import AuditSplit
 from transfer.device import Compute
 from transfer.inputs.images import read_image
@@ -102,3 +102,23 @@ def test_of_two_labels_in_conflict_one_is_suggested_only_where_it_is_probably_ri
     found = [(0, 0, torch.tensor([[1, 0]]), torch.tensor([0.99]))]
     (finding,) = copy_findings([split], [quality], found)
     assert (finding.kind, finding.path, finding.suggestion) == ("conflict", b"a.png", suggestion)
+
+
+def test_copies_of_copies_are_one_group_unless_their_labels_differ():
+    pairs = torch.tensor([[1, 0], [2, 1], [5, 2], [4, 3], [6, 3]])
+    assert copy_groups(torch.tensor([0, 0, 0, 1, 1, 0, 0]), pairs).tolist() == [0, 0, 0, 1, 1, 0, 2]
+
+
+def test_an_image_with_two_copies_is_found_once_beside_the_more_certain_one(here):
+    photo = Image.new("RGB", (9, 9))
+    image_list = ImageList("list.txt", [b"a.png", b"b.png", b"c.png"], [0, 0, 0], [1, 2, 3])
+    for path in image_list.paths():
+        photo.save(path.decode())
+    split = AuditSplit(train.ImageDataset(image_list, [0], 0), torch.arange(3), torch.zeros(3, 1, 4), image_list.labels)
+    quality = SimpleNamespace(error_prob=torch.zeros(3))
+    found = [(0, 0, torch.tensor([[2, 0], [2, 1], [1, 0]]), torch.tensor([0.97, 0.99, 0.96]))]
+    pairs = [(finding.path, finding.other_path) for finding in copy_findings([split], [quality], found)]
+    assert pairs == [(b"c.png", b"b.png"), (b"b.png", b"a.png")]
+    counted = []
+    thumbnails(split.dataset, split.rows, HERE, SimpleNamespace(add=counted.append))
+    assert sum(counted) == 3

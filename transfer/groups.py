@@ -71,7 +71,9 @@ def near_duplicates(features: Tensor | Features, labels: Tensor, seed: int = 0) 
         share = min(1, CHANCE_LINKS / len(rows) / CHANCE)
         # The n residuals of a class sum to 0, which lowers their cosines by 1 / (n - 1).
         threshold = by_chance[min(int(share * len(by_chance)), len(by_chance) - 1)].item() - 1 / (len(rows) - 1)
-        units = torch.cat([residuals[some] for some in rows.split(BLOCK)])
+        units = torch.empty(len(rows), 1, features.shape[2])
+        for some, here in zip(rows.split(BLOCK), units.split(BLOCK), strict=True):
+            here[:, 0] = residuals[some]
         links = links_within(units, levels[rows], threshold, seed=seed, progress=progress)
         if features.shape[1] > 1:
             links = [links[0], links[1] & within_mirrors(residuals, rows, links)]
@@ -85,26 +87,24 @@ def similarity_by_chance(residuals: Residuals, seed: int) -> tuple[Tensor, Tenso
     """
     labels = residuals.labels
     sample = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:SAMPLE]
-    others, levels = residuals[sample], []
+    others, levels = residuals[sample], torch.empty(len(labels))
     for rows in track("similarity by chance:", torch.arange(len(labels)).split(BLOCK)):
         differ = labels[rows, None] != labels[sample]
         cosines = (residuals[rows] @ others.T).masked_fill_(~differ, -1)
         ranks = (OWN_LEVEL * differ.sum(1)).long().clamp_min(1)
-        levels.append(cosines.topk(int(ranks.max()), dim=1).values.gather(1, ranks[:, None] - 1)[:, 0])
-    levels = torch.cat(levels)
+        levels[rows] = cosines.topk(int(ranks.max()), dim=1).values.gather(1, ranks[:, None] - 1)[:, 0]
     similar = others @ others.T - (levels[sample, None] + levels[sample]) / 2
     similar = similar[labels[sample, None] < labels[sample]]
     return levels, similar.topk(min(int(CHANCE * len(similar)) + 1, len(similar))).values
 
 
 def links_within(
-    residuals: Tensor, levels: Tensor, threshold: float, *, seed: int, progress: Progress
+    units: Tensor, levels: Tensor, threshold: float, *, seed: int, progress: Progress
 ) -> tuple[Tensor, Tensor]:
     """Of each image of a class the most similar others (n, K), in order, and which of them it is linked to, (n, K).
 
-    residuals: (n, D), unit vectors; levels: (n,).
+    units: (n, 1, D), residuals; levels: (n,).
     """
-    units = residuals[:, None]
     distances, near = nearest(units, units, True, count=LINKS, seed=seed, progress=progress)
     similar = 1 - distances.square() / 2 - (levels[:, None] + levels[near]) / 2
     similar, order = similar.sort(dim=1, descending=True)

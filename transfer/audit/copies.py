@@ -34,11 +34,13 @@ LEVEL = 1 / 255 / 0.225  # one grey level, as NORMALIZE scales it
 def similar_pairs(queries: Tensor | Features, keys: Tensor | Features, pairs: Tensor) -> Tensor:
     """Which pairs of rows (P, 2), of a query and a key, are as similar by their features as copies are: (P,)."""
     mean, deviation = moments(keys)
-    alike = []
-    for some in track("copies by features:", pairs.split(TILE), "pairs"):
+    # One tensor: small ones that are kept between large ones that go make holes, gigabytes of them.
+    alike = torch.empty(len(pairs))
+    parts = zip(track("copies by features:", pairs.split(TILE), "pairs"), alike.split(TILE), strict=True)
+    for some, found in parts:
         first, second = queries[some[:, 0], :1], keys[some[:, 1]]
-        alike.append(F.cosine_similarity((first - mean) / deviation, (second - mean) / deviation, dim=2).amax(1))
-    return torch.cat(alike) > SIMILAR
+        found[:] = F.cosine_similarity((first - mean) / deviation, (second - mean) / deviation, dim=2).amax(1)
+    return alike > SIMILAR
 
 
 def candidates(queries: Tensor | Features, keys: Tensor | Features, near: Tensor, itself: bool) -> Tensor:
@@ -125,11 +127,11 @@ def copies(pairs: Tensor, pixels: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tens
 
     pixels: for queries and keys thumbnails, and of each row its place among them.
     """
-    alike = []
-    for some in track("copies by pixels:", pairs.split(PAIRS), "pairs"):
+    alike = torch.empty(len(pairs))
+    parts = zip(track("copies by pixels:", pairs.split(PAIRS), "pairs"), alike.split(PAIRS), strict=True)
+    for some, found in parts:
         pair = (thumbs[places[rows]].float() for (thumbs, places), rows in zip(pixels, some.T, strict=True))
-        alike.append(similarity(*pair))
-    alike = torch.cat(alike) if alike else torch.empty(0)
+        found[:] = similarity(*pair)
     return pairs[alike >= SAME_PHOTO], alike[alike >= SAME_PHOTO]
 
 

@@ -90,12 +90,11 @@ def score_labels(logits: Tensor | MeanHeads, labels: Tensor) -> LabelQuality:
     drawn = torch.arange(0, count, every)
     some, theirs = torch.cat([logits[rows] for rows in drawn.split(part)]), labels[drawn]
     temperature, noise_rate = fit_noise(some, theirs)
-    confidence, suggested = [], []
+    q, suggested = torch.empty(count, dtype=torch.float64), torch.empty_like(labels)
     for rows in track("labels:", torch.arange(count).split(part)):
         here, own = logits[rows], labels[rows, None]
-        confidence.append(self_confidence(here, own, temperature))
-        suggested.append(here.scatter(1, own, -torch.inf).argmax(1))
-    q = torch.cat(confidence)
+        q[rows] = self_confidence(here, own, temperature)
+        suggested[rows] = here.scatter(1, own, -torch.inf).argmax(1)
     error_prob = noise_rate * (1 - q) / (num_classes - 1) / label_prob(q, noise_rate, num_classes)
     # More likely wrong than right are labels below this q; how many would be, had they any other class?
     share = max(noise_rate, LEAST_SHARE)
@@ -104,7 +103,7 @@ def score_labels(logits: Tensor | MeanHeads, labels: Tensor) -> LabelQuality:
     for here, own in zip(some.split(part), theirs[:, None].split(part), strict=True):
         found += int(((here.double() / temperature).softmax(1).scatter_(1, own, 1) < edge).sum())
     power = found / len(theirs) / (num_classes - 1)
-    return LabelQuality(q, error_prob, torch.cat(suggested), noise_rate, temperature, power)
+    return LabelQuality(q, error_prob, suggested, noise_rate, temperature, power)
 
 
 def fit_noise(logits: Tensor, labels: Tensor) -> tuple[float, float]:

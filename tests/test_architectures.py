@@ -93,6 +93,7 @@ def test_each_familys_smallest_is_found_by_one_name_and_told_from_all_others():
 
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_of_each_family_pass_and_prediction_give_what_plain_torchvision_gives(start, monkeypatch, arch):
+    # Over 3 s: vit_b_32 has 88 million weights, and takes no side but 224; swin_t and convnext_tiny have 28 million.
     if arch == "vit_b_32":  # takes no other size than its own
         monkeypatch.setattr(train, "make_transforms", MAKE_TRANSFORMS)
     file = start(arch)
@@ -192,6 +193,7 @@ def test_other_means_and_deviations_travel_with_the_checkpoint_and_the_usual_one
 
 @pytest.mark.parametrize("arch", ["resnet34", "resnet50"])
 def test_another_architecture_trains_and_predicts_what_plain_torchvision_does_and_needs_no_metadata(start, arch):
+    # Over 3 s: a whole run of a ResNet-50, and its file loaded three times.
     file = start(arch)
     out = go("--arch", arch, "--epochs", 2, "--views", 2, "--precision", "float32", weights=file)
     assert f"backbone  ResNet-{arch.removeprefix('resnet')}, {file}\n" in out
@@ -219,6 +221,7 @@ def test_another_architecture_trains_and_predicts_what_plain_torchvision_does_an
 
 @pytest.mark.parametrize("arch", ["resnet101"])  # resnet152 has the same parts, and takes longer
 def test_a_larger_architecture_trains_and_predicts_too(start, arch):
+    # Over 3 s: a whole run of a network of 44 million weights.
     go("--arch", arch, "--epochs", 1, "--views", 1, weights=start(arch))
     status, out, err = run_main(predict.main, "test.txt", "--workers", 0)
     assert status == 0, err
@@ -282,6 +285,7 @@ def test_weights_that_were_put_where_the_message_says_are_used(start, monkeypatc
 
 
 def test_fine_tuning_a_resnet50_trains_its_layer4_and_predict_is_as_often_right(start):
+    # Over 3 s: two whole runs of a ResNet-50.
     file = start("resnet50")
     # A rate at which the head learns nothing leaves the best epoch to fine-tuning.
     rates = ("--lr", 1e-9, "--finetune-lr", 1e-3)
@@ -299,6 +303,7 @@ def test_fine_tuning_a_resnet50_trains_its_layer4_and_predict_is_as_often_right(
 
 
 def test_each_architecture_keeps_features_of_its_own(few):
+    # Over 3 s: a whole run of each, one of them a ResNet-50.
     sizes = {}
     for arch in ("resnet18", "resnet50"):
         before = set(chunks_in("kept"))

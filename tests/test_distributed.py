@@ -120,6 +120,7 @@ train.main(sys.argv[1:])
 
 
 def test_two_ranks_fine_tune_one_model_and_the_death_of_one_ends_the_run_with_best_pth_whole(few):
+    # Over 3 s: two ranks start and fine-tune, then find that one is gone.
     Path("tune.py").write_text(TUNE)
     options = "--weights none --workers 0 --epochs 1 --views 1 --batch-size 4 --finetune-epochs 3".split()
     began = time.monotonic()
@@ -173,6 +174,7 @@ def test_the_temperature_is_fitted_on_the_images_of_all_ranks(few, full_size):
 
 
 def test_three_ranks_fine_tune_and_evaluate_four_test_images_of_which_one_rank_has_none(few):
+    # Over 3 s: three ranks share two cores.
     lines = Path("test.txt").read_text().splitlines()
     Path("test.txt").write_text("\n".join(lines[:4]))
     Path("tiny.py").write_text(TINY)

@@ -189,6 +189,7 @@ def test_a_list_none_of_whose_images_is_there_gets_one_hint_in_prediction(model,
 
 
 def test_lists_are_utf_8_and_output_is_safe_in_any_locale(colours):
+    # Over 3 s: a locale is set when Python starts, so that each run imports torch anew.
     (colours / "é").mkdir()
     for name in ("train", "test"):
         os.link(f"red/{name}_0.png", f"é/ü {name}.png")

@@ -240,6 +240,7 @@ def test_a_list_is_known_by_its_lines_whatever_its_ending(model, quick_model, na
 
 
 def test_csv_in_a_pipe_has_exact_names_whatever_the_locale(small_run, tmp_path):
+    # Over 3 s: a locale is set when Python starts, so that each run imports torch anew.
     names = [b"caf\xe9.png", "crème.png".encode(), "猫.png".encode()]
     for name in names:
         os.link(small_run / "red/test_0.png", os.path.join(bytes(tmp_path), name))
@@ -409,6 +410,7 @@ def test_rows_hold_names_as_they_are_but_never_send_control_characters_to_a_term
 
 
 def test_memory_does_not_grow_with_the_number_of_images(model):
+    # Over 3 s: enough images to see their memory.
     # Kept views would take 150 KB an image: 45 MB. One process, whose peak only ever rises.
     for number in range(350):
         os.link("red.png", f"{number}.png")

@@ -92,6 +92,7 @@ def test_a_second_signal_long_after_the_first_ends_the_process_at_once():
 
 
 def test_a_temporary_folder_with_a_long_name_hangs_no_worker(model, tmp_path):
+    # Over 3 s: a Python that imports torch, and workers.
     # A tensor would travel by a socket below it, whose path may have 107 bytes. Started anew, since what is forked may
     # know of a temporary folder already.
     folder = tmp_path / ("a" * 100)

@@ -22,6 +22,7 @@ from transfer.inputs.stdin import CHUNKS_AHEAD, StdinPaths
 
 
 def test_paths_on_standard_input_are_answered_while_it_is_open_and_a_closed_pipe_ends_quietly(model):
+    # Over 3 s: as a user starts it, in a Python that imports torch.
     options = ["--workers", "2", "--batch-size", "1", "--device", "cpu"]
     command = [sys.executable, str(ROOT / "predict.py"), "-", *options]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)

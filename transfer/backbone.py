@@ -232,7 +232,10 @@ def embed_batches(
             rest = f"with {workers}" if workers else "without"
             warn(f"a decoding process died, perhaps out of memory; going on {rest}")
             traceback.clear_frames(error.__traceback__)
-            del packed  # ends the other workers now, not with the next garbage
+        finally:  # ends the workers now, not with the next garbage: torch would then wait for each of them in vain
+            if error := sys.exc_info()[1]:
+                traceback.clear_frames(error.__traceback__)
+            del packed
 
 
 def unbatch(batches: Iterable[Embedded]) -> Iterator[tuple[int, Tensor | str]]:

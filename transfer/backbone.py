@@ -233,8 +233,7 @@ def embed_batches(
             warn(f"a decoding process died, perhaps out of memory; going on {rest}")
             traceback.clear_frames(error.__traceback__)
         finally:  # ends the workers now, not with the next garbage: torch would then wait for each of them in vain
-            if error := sys.exc_info()[1]:
-                traceback.clear_frames(error.__traceback__)
+            traceback.clear_frames(sys.exc_info()[2])
             del packed
 
 

@@ -157,11 +157,11 @@ def measure_neighbours(folder: Path, count: int) -> dict:
 
 def measure_real_neighbours(folder: Path, count: int) -> dict:
     """Recall on the bundled backbone's features of the sample, repeated with noise of half their deviation."""
-    table = torch.cat([part.gather(part.rows, slice(2)) for part in both_lists(range(2)).values()])
+    table = torch.cat([part.gather(part.rows, slice(1)) for part in both_lists(range(1)).values()])
     generator = torch.Generator().manual_seed(0)
     rows = torch.arange(count) % len(table)
     noise = 0.5 * (table[:, 0] - table[:, 0].mean(0)).std(0)
-    many = table[rows] + noise * torch.randn(count, 2, table.shape[2], generator=generator)
+    many = table[rows] + noise * torch.randn(count, 1, table.shape[2], generator=generator)
     drawn = torch.randperm(count, generator=generator)[:ASKED]
     result = {}
     with measured(result, "neighbours"):

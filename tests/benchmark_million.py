@@ -45,7 +45,7 @@ from transfer.cache import FeatureCache, image_keys
 from transfer.crossval import group_split
 from transfer.device import pick_compute
 from transfer.extraction import extract_features
-from transfer.features import Features, Split, Splits
+from transfer.features import Features, Split, Splits, moments
 from transfer.inputs.lists import ImageList, read_list
 from transfer.neighbours import nearest, squared_distances
 from transfer.pages.report import save_report
@@ -149,7 +149,7 @@ def measure_neighbours(folder: Path, count: int) -> dict:
     drawn = torch.randperm(count, generator=torch.Generator().manual_seed(1))[:ASKED]
     result["recall"] = recall(features[drawn, 0], features, drawn, near[drawn])
     with measured(result, "candidates"):
-        pairs = candidates(features, features, near, True)
+        pairs = candidates(features, features, near, itself=True, scale=moments(features))
     wanted = {(count - COPIES + number, number) for number in range(COPIES)}
     result["copies"] = len(wanted & set(map(tuple, pairs.tolist())))
     return result

@@ -12,6 +12,7 @@ import train
 from transfer.audit.copies import SAME_PHOTO, candidates, copy_findings, copy_groups, similarity, thumbnails
 from transfer.audit.findings import AuditSplit
 from transfer.device import Compute
+from transfer.features import moments
 from transfer.inputs.images import read_image
 from transfer.inputs.lists import ImageList
 from transfer.neighbours import nearest
@@ -60,11 +61,12 @@ def test_candidates_are_pairs_of_different_images_each_once():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(30, 1, 16, generator=generator)
     features[20:] = features[:10] + 0.01 * torch.randn(10, 1, 16, generator=generator)
-    pairs = candidates(features, features, nearest(features, features, True)[1], itself=True).tolist()
+    scale = moments(features)
+    pairs = candidates(features, features, nearest(features, features, True)[1], itself=True, scale=scale).tolist()
     assert len(set(map(tuple, pairs))) == len(pairs) and all(query > key for query, key in pairs)
     assert {(20 + n, n) for n in range(10)} <= set(map(tuple, pairs)) and len(pairs) < 40
     near = nearest(features[:1], features[:1], itself=True)[1]
-    assert candidates(features[:1], features[:1], near, itself=True).shape == (0, 2)
+    assert candidates(features[:1], features[:1], near, itself=True, scale=scale).shape == (0, 2)
 
 
 @pytest.mark.parametrize("change", COPIES)

@@ -50,9 +50,7 @@ def extract_features(
     if not this_rank_only and get_world_size() > 1:
         table = share_table(table, store, count=len(image_list), step=step)
     check_unreadable(image_list, table.unreadable, max_unreadable)
-    longest = max((len(chunk) for chunk in table.chunks), default=1)
-    places = table.places[:, 0] * longest + table.places[:, 1] if table.chunks else None
-    return Features(table.chunks, longest, image_list.labels, table.unreadable, places=places)
+    return table.as_features(image_list.labels, table.unreadable)
 
 
 class Table(NamedTuple):
@@ -65,17 +63,20 @@ class Table(NamedTuple):
     unreadable: dict[int, str]
     paths: list[Path]
 
+    def as_features(self, labels: Tensor, unreadable: dict[int, str] | None = None) -> Features:
+        """The features of all rows, with the labels of these."""
+        longest = max((len(chunk) for chunk in self.chunks), default=1)
+        places = self.places[:, 0] * longest + self.places[:, 1] if self.chunks else None
+        return Features(self.chunks, longest, labels, unreadable, places=places)
+
     def in_order(self) -> Tensor:
         """The features of all rows in one tensor."""
         if not self.chunks:
             return torch.empty(0)
         if not self.paths:  # passed just now, as they come
             return self.chunks[0]
-        rows = torch.empty(len(self.places), *self.chunks[0].shape[1:])
-        for number, chunk in enumerate(self.chunks):
-            here = self.places[:, 0] == number
-            rows[here] = chunk[self.places[here, 1]]
-        return rows
+        rows = torch.arange(len(self.places))
+        return self.as_features(torch.zeros_like(rows))[rows]
 
 
 def extract_table(

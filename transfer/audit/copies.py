@@ -31,9 +31,14 @@ LEVEL = 1 / 255 / 0.225  # one grey level, as NORMALIZE scales it
 # Candidates, by features
 
 
-def similar_pairs(queries: Tensor | Features, keys: Tensor | Features, pairs: Tensor) -> Tensor:
-    """Which pairs of rows (P, 2), of a query and a key, are as similar by their features as copies are: (P,)."""
-    mean, deviation = moments(keys)
+def similar_pairs(
+    queries: Tensor | Features, keys: Tensor | Features, pairs: Tensor, scale: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Which pairs of rows (P, 2), of a query and a key, are as similar by their features as copies are: (P,).
+
+    scale: the keys' `moments`.
+    """
+    mean, deviation = scale
     # One tensor: small ones that are kept between large ones that go make holes, gigabytes of them.
     alike = torch.empty(len(pairs))
     parts = zip(track("copies by features:", pairs.split(TILE), "pairs"), alike.split(TILE), strict=True)
@@ -43,17 +48,25 @@ def similar_pairs(queries: Tensor | Features, keys: Tensor | Features, pairs: Te
     return alike > SIMILAR
 
 
-def candidates(queries: Tensor | Features, keys: Tensor | Features, near: Tensor, itself: bool) -> Tensor:
+def candidates(
+    queries: Tensor | Features,
+    keys: Tensor | Features,
+    near: Tensor,
+    *,
+    itself: bool,
+    scale: tuple[Tensor, Tensor],
+) -> Tensor:
     """Pairs of rows (P, 2), of a query and a key, that may be copies, each once.
 
-    near: rows of each query's nearest keys, (N, k), and the other arguments as `nearest` has them.
+    near: rows of each query's nearest keys, (N, k); scale: the keys' `moments`; the other arguments as `nearest` has
+    them.
     """
     pairs = torch.stack([torch.arange(len(near)).repeat_interleave(near.shape[1]), near.flatten()], 1)
     if itself:
         pairs = pairs[pairs[:, 0] != pairs[:, 1]]  # as where cells hold too few
         numbers = (pairs.amax(1) * len(keys) + pairs.amin(1)).unique()  # far faster than rows of two
         pairs = torch.stack([numbers // len(keys), numbers % len(keys)], 1)
-    return pairs[similar_pairs(queries, keys, pairs)]
+    return pairs[similar_pairs(queries, keys, pairs, scale)]
 
 
 # By pixels
@@ -147,10 +160,10 @@ def find_copies(
     found: the two numbers, pairs of places (Q, 2), and how certain they are (Q,). Within a split the later image is the
     query.
     """
-    pairs = {
-        (query, key): candidates(splits[query].features, splits[key].features, rows, query == key)
-        for (query, key), rows in near.items()
-    }
+    pairs, scales = {}, [moments(split.features) for split in splits]
+    for (query, key), rows in near.items():
+        features = splits[query].features, splits[key].features
+        pairs[query, key] = candidates(*features, rows, itself=query == key, scale=scales[key])
     pixels = []
     for number, split in enumerate(splits):
         wanted = [pair[:, side] for ends, pair in pairs.items() for side in (0, 1) if ends[side] == number]

@@ -1,6 +1,6 @@
 """Defaults measured on two backbones: views, sizes, groups, --val-split and calibration, on photos of three kinds.
 
-    python tests/benchmark.py real --data FOLDER [--views 2 4] [--sizes 224 288] [--only sizes groups val-split]
+    python tests/benchmark.py real --data FOLDER [--views 2 4] [--sizes 224 288] [--only sizes groups val-split finetune]
 
 The backbones are a real ImageNet one and the bundled one. FOLDER holds `real_features.py`, which writes the former's
 features of a list as NAME.npz (features (N, V, D), labels (N,)), and the lists and photos of flowers and textures.
@@ -11,10 +11,13 @@ and tested on its training list.
 
 import argparse
 import contextlib
+import csv
 import functools
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from benchmark import WEIGHTS as BUNDLED
+from benchmark import run
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +51,7 @@ SEEDS = range(3)
 SPLITS = range(10)  # of --val-split, whose own images are few, so that a single split says little
 HPARAMS = Hyperparameters.from_flags(vars(parse_train_args([])))
 SETS = ("sample", "swapped", "flowers", "textures")
+PARTS = ("train", "test")
 
 
 class Source(NamedTuple):
@@ -57,7 +63,7 @@ class Source(NamedTuple):
 
     def load(self, part: str, size: int = HPARAMS.size, views: int = HPARAMS.views) -> Split:
         """Features of its train or test list, made if they are not there."""
-        name = self.name
+        name, kept_views = self.name, HPARAMS.views if part == "train" else 1
         if name == "swapped":
             name, part = "sample", {"train": "test", "test": "train"}[part]
         root = ROOT if name == "sample" else self.folder
@@ -65,17 +71,18 @@ class Source(NamedTuple):
         kept = self.folder / "features"
         kept.mkdir(exist_ok=True)
         if self.backbone == "bundled":
-            features = bundled_features(path, root, kept / "bundled", size=size, views=views)
+            features = bundled_features(path, root, kept / "bundled", size=size, views=kept_views)
         else:
-            features = real_features(path, root, kept / f"{name}_{part}_{size}.npz", size=size, views=views)
-        return Split(None, features)
+            kept /= f"{name}_{part}_{size}_{kept_views}.npz"
+            features = real_features(path, root, kept, size=size, views=kept_views)
+        return Split(None, features.subset(torch.arange(len(features)), views))
 
     def __str__(self) -> str:
         return f"{self.backbone}, {self.name}"
 
 
 def bundled_features(path: Path, root: Path, cache: Path, *, size: int, views: int) -> Features:
-    """By the project's own pass. A list's features are kept in as many views as were asked for."""
+    """By the project's own pass."""
     compute = pick_compute("cpu", "auto", None)
     dataset = train.ImageDataset(read_list(path, root)[0], range(views), 0, size)
     cache.mkdir(exist_ok=True)
@@ -91,9 +98,10 @@ def bundled_backbone() -> nn.Module:
 def real_features(path: Path, root: Path, kept: Path, *, size: int, views: int) -> Features:
     if not kept.exists():
         command = [sys.executable, str(kept.parent.parent / "real_features.py"), str(path), "--root", str(root)]
-        subprocess.run([*command, "--size", str(size), "--out", str(kept)], check=True)
+        options = "--size", str(size), "--views", str(views), "--out", str(kept)
+        subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
     arrays = np.load(kept)
-    features = torch.from_numpy(arrays["features"][:, :views])
+    features = torch.from_numpy(arrays["features"])
     return Features([features], len(features), torch.from_numpy(arrays["labels"]).long())
 
 
@@ -114,20 +122,6 @@ class LastAndBest(History):
 class NoCheckpoint:
     def save(self, *_: object) -> None:
         pass
-
-
-def load(folder: Path, name: str, part: str, size: int, views: int) -> Split:
-    """Features of a list, made if they are not there."""
-    path = folder / "features" / f"{name}_{part}_{size}.npz"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        root = SETS[name] or folder
-        image_list = root / (f"{part}.txt" if name == "sample" else f"{name}_{part}.txt")
-        command = [sys.executable, str(folder / "real_features.py"), str(image_list), "--root", str(root)]
-        subprocess.run([*command, "--size", str(size), "--out", str(path)], check=True)
-    kept = np.load(path)
-    features = torch.from_numpy(kept["features"][:, :views])
-    return Split(None, Features([features], len(features), torch.from_numpy(kept["labels"]).long()))
 
 
 def train_head(splits: Splits, seed: int) -> tuple[torch.nn.Linear, LastAndBest]:
@@ -217,15 +211,37 @@ def compare_val_split(source: Source) -> tuple:
     return tuple(spread(list(column)) for column in zip(*rows, strict=True))
 
 
+def compare_finetuning(source: Source, size: int) -> tuple:
+    """Test accuracy of the head and of ten epochs of fine-tuning on top, best / last; calibration error of the best."""
+    root = ROOT if source.name == "sample" else source.folder
+    lists = [root / (f"{part}.txt" if source.name == "sample" else f"{source.name}_{part}.txt") for part in PARTS]
+    head, tuned, errors = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        out, page = Path(folder) / "o.pth", Path(folder) / "o.html"
+        options = ["--train", lists[0], "--test", lists[1], "--root", root, "--weights", BUNDLED, "--out", out]
+        options += ["--size", size, "--views", 2, "--cache", Path(folder) / "kept", "--finetune-epochs", 10]
+        for seed in SEEDS:
+            run(sys.executable, ROOT / "train.py", *options, "--view-seed", 0, "--seed", seed)
+            with open(out.with_suffix(".csv"), newline="") as file:
+                accuracies = [100 * float(row["test_accuracy"]) for row in csv.DictReader(file)]
+            for found, part in ((head, accuracies[: HPARAMS.epochs]), (tuned, accuracies)):
+                found.append((max(part), part[-1]))
+            run(sys.executable, ROOT / "predict.py", lists[1], "--root", root, "--model", out, "--report", page)
+            errors.append(float(re.search(r'id="ece">([\d.]+)%', page.read_text())[1]))
+    both = [" / ".join(spread(list(values)) for values in zip(*found, strict=True)) for found in (head, tuned)]
+    return *both, spread(errors)
+
+
 def main(*argv: str) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--views", type=int, nargs="*", default=[1, 2, 4], metavar="V")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 288], metavar="N")
-    tables = ("sizes", "groups", "val-split")
+    parser.add_argument("--sets", choices=SETS, nargs="+", default=SETS, metavar="SET")
+    tables = ("sizes", "groups", "val-split", "finetune")
     parser.add_argument("--only", choices=tables, nargs="+", default=tables, metavar="TABLE")
     args = parser.parse_args(argv)
-    sources = [Source(args.data, backbone, name) for backbone in ("real", "bundled") for name in SETS]
+    sources = [Source(args.data, backbone, name) for backbone in ("real", "bundled") for name in args.sets]
     for views in args.views if "sizes" in args.only else ():
         row = functools.partial(
             lambda source, views: [best_and_last(source, n, views) for n in args.sizes], views=views
@@ -243,3 +259,9 @@ def main(*argv: str) -> None:
             "full list's",
         ]
         table("--val-split 0.2, on the test list, last epoch", heads, compare_val_split, sources)
+    if "finetune" in args.only:
+        trainable = [source for source in sources if source.backbone == "bundled" and source.name != "swapped"]
+        for size in args.sizes:
+            heads = ["the head alone", "then 10 epochs of `layer4`", "calibration error"]
+            row = functools.partial(compare_finetuning, size=size)
+            table(f"--size {size} --views 2, fine-tuned: accuracy, best / last epoch", heads, row, trainable)

@@ -210,10 +210,15 @@ def plain_names(state: dict[str, object]) -> dict[str, object]:
     return renamed
 
 
+def is_tensor(value: object) -> bool:
+    """Whether a value from an untrusted file is a tensor with a shape: of nested ones torch 2.14 raises for it."""
+    return type(value) in (Tensor, nn.Parameter) and not value.is_nested
+
+
 def shapes_among(state: dict[str, object]) -> Shapes:
     """The shapes of a state dict's weights by name; () of what is no tensor."""
     weights = ((name, value) for name, value in state.items() if name.endswith(".weight"))
-    return {name: tuple(value.shape) if type(value) in (Tensor, nn.Parameter) else () for name, value in weights}
+    return {name: tuple(value.shape) if is_tensor(value) else () for name, value in weights}
 
 
 @functools.cache

@@ -53,7 +53,7 @@ from transfer.features import Split, Splits, warn_on_flat_images, warn_on_leakag
 from transfer.finetune import prepare_finetuning, unwrap
 from transfer.history import History, print_header, print_next, print_result, run_metadata
 from transfer.inputs.images import GREY_BITS, ImageError, read_image
-from transfer.inputs.lists import ImageList
+from transfer.inputs.lists import ImageList, most_unreadable
 from transfer.metrics import MetricMeter, Metrics, class_weights
 from transfer.pages.audit_page import save_audit
 from transfer.pretrained import load_pretrained
@@ -154,7 +154,7 @@ def extract_splits(
 
     # First those in which no image may be unreadable: one that is ends the run before the longer pass.
     test, val = data.test and extract(data.test), data.val and extract(data.val)
-    trainval = extract(data.train, range(hparams.views), max(1, len(data.train) // 100))
+    trainval = extract(data.train, range(hparams.views), most_unreadable(data.train))
     warn_on_flat_images(trainval)
     for named in filter(None, (test, val)):
         warn_on_leakage(trainval, named)

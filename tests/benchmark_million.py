@@ -77,13 +77,23 @@ def make_chunks(folder: Path, count: int) -> None:
         cache.save(torch.stack([rows + 1, rows + 1], 1), features, {})
 
 
-def load_chunks(folder: Path, count: int, classes: int = CLASSES) -> Features:
-    """Features that are mapped from the files; the labels of so many classes."""
-    rows = torch.arange(count)
-    _, found, places = FeatureCache(folder, bytes(16), (VIEWS, WIDTH)).find(torch.stack([rows + 1, rows + 1], 1))
+def load_chunks(folder: Path, count: int, classes: int = CLASSES, cold: bool = False) -> Features:
+    """Features that are mapped from the files; the labels of so many classes. cold: from a disk that the system has
+    read nothing of.
+    """
+    rows, cache = torch.arange(count), FeatureCache(folder, bytes(16), (VIEWS, WIDTH))
+    paths, found, places = cache.find(torch.stack([rows + 1, rows + 1], 1))
+    chunks = [chunk for chunk, _ in found]
+    if cold:
+        del found, chunks  # the system forgets no page that a process has mapped
+        for path in paths:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        chunks = [cache.load(path, check=False)["features"] for path in paths]
     labels = rows % CLASSES % classes
     labels[-COPIES:] = labels[:COPIES]
-    return Features([chunk for chunk, _ in found], STEP, labels, places=places[:, 0] * STEP + places[:, 1])
+    return Features(chunks, STEP, labels, places=places[:, 0] * STEP + places[:, 1])
 
 
 @dataclass(frozen=True)
@@ -199,8 +209,8 @@ def measure_audit(folder: Path, count: int) -> dict:
 
 
 def measure_epoch(folder: Path, count: int) -> dict:
-    """An epoch of the recipe on features that are mapped, as a cache leaves them once it is read, and in memory."""
-    mapped, result = load_chunks(folder, count), {}
+    """An epoch of the recipe on mapped features, none in memory at first, then as a cache leaves them; and in memory."""
+    result = {}
     head, criterion = nn.Linear(WIDTH, CLASSES), nn.CrossEntropyLoss(reduction="sum")
     optimizer = torch.optim.Adam(head.parameters(), lr=HPARAMS.lr)
 
@@ -209,7 +219,9 @@ def measure_epoch(folder: Path, count: int) -> dict:
         with measured(result, name):
             train.train_one_epoch(head, criterion, optimizer, loader, epoch=1)
 
-    epoch(mapped, "mapped")
+    for name, cold in (("mapped, cold", True), ("mapped", False)):
+        mapped = load_chunks(folder, count, cold=cold)
+        epoch(mapped, name)
     table = torch.empty(count, VIEWS, WIDTH)
     for rows in torch.arange(count).split(8192):
         table[rows] = mapped[rows]
@@ -300,7 +312,7 @@ def measure_ranks(folder: Path, count: int) -> dict:
     with tempfile.TemporaryDirectory() as work:
         out = Path(work) / "best.pth"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 4, "--max-restarts", 1]
-        command = [*torchrun, *train_command(out, "--cache", Path(work) / "kept")[1:]]
+        command = [*torchrun, *train_command(out, "--cache", Path(work) / "kept", "--views", 1)[1:]]
         command = [str(part) for part in command]
         seconds = run(*command)[0]
         expected = torch.load(out, weights_only=True)

@@ -123,25 +123,45 @@ def pytest_configure():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def sample_run(tmp_path_factory):
-    """The main job on the sample photos: the finished process and the checkpoint; its features lie in `kept` beside.
-
-    It takes 15 to 30 s, once for all tests that are about real photos: of the processes that share the tests, the first
-    to come runs it, and the others wait.
+def run_once(folder, *command):
+    """The finished process of a script: of the processes that share the tests, the first to come runs it in the shared
+    folder, and the others wait.
     """
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    out, result = folder / "sample" / "best.pth", folder / "sample.pickle"
-    with open(folder / "sample.lock", "w") as lock:
+    result = folder / f"{command[0]}.pickle"
+    with open(folder / f"{command[0]}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not result.exists():
-            out.parent.mkdir()
-            done = run_script("train.py", "--epochs", 20, "--out", out, "--cache", out.parent / "kept")
-            result.write_bytes(pickle.dumps(done))
+            result.write_bytes(pickle.dumps(run_script(*command)))
     done = pickle.loads(result.read_bytes())
     assert done.returncode == 0, done.stderr
-    return done, out
+    return done
+
+
+@pytest.fixture(scope="session")
+def sample_folder(tmp_path_factory):
+    """A folder that the processes which share the tests have in common."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sample"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_run(sample_folder):
+    """The main job on the sample photos: the finished process and the checkpoint; its features lie in `kept` beside.
+
+    It takes 15 to 100 s, once for all tests that are about real photos.
+    """
+    out = sample_folder / "best.pth"
+    return run_once(sample_folder, "train.py", "--epochs", 20, "--out", out, "--cache", out.parent / "kept"), out
+
+
+@pytest.fixture(scope="session")
+def sample_answers(sample_run):
+    """What predict.py says of the sample's test list: the finished process, and its report."""
+    page = sample_run[1].with_name("report.html")
+    options = "test.txt", "--model", sample_run[1], "--report", page, "--format", "text"
+    return run_once(page.parent, "predict.py", *options), page
 
 
 @pytest.fixture(scope="session")

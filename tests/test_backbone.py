@@ -72,9 +72,9 @@ def test_weights_cast_once_give_the_bits_of_autocast():
 
 
 def test_bfloat16_features_are_within_a_percent_of_float32_and_as_often_right(sample_run):
-    # Over 3 s: a hundred photos through a ResNet-18 in float32.
+    # Over 3 s: photos through a ResNet-18 in float32, and in bfloat16, which some CPUs only imitate.
     model, _ = load_checkpoint(sample_run[1])
-    test = sample("test", 100)
+    test = sample("test", 60)
     features = {}
     for dtype in (torch.float32, torch.bfloat16):
         compute = Compute(torch.device("cpu"), dtype, workers=2)

@@ -93,7 +93,7 @@ def test_a_folder_that_may_not_be_read_is_named_in_training_and_a_row_in_predict
     scan = os.scandir
 
     def scandir(path):
-        if os.fsencode(path).endswith((b"older", b"blue")):
+        if type(path) is not int and os.fsencode(path).endswith((b"older", b"blue")):  # pytest removes by numbers
             raise PermissionError(errno.EACCES, "Permission denied")
         return scan(path)
 

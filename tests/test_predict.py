@@ -27,9 +27,8 @@ from transfer.system.console import UserError, printable
 from transfer.system.outputs import STARTS
 
 
-def test_predict_names_the_foods_and_has_the_accuracy_that_training_printed(sample_run):
-    done = run_forked("predict.py", "test.txt", "--model", sample_run[1])
-    assert done.returncode == 0, done.stderr
+def test_predict_names_the_foods_and_has_the_accuracy_that_training_printed(sample_run, sample_answers):
+    done = sample_answers[0]
     lines = [line for line in done.stdout.splitlines() if line.startswith("food/")]
     right = sum(line.split("/")[1] == line.split()[1] for line in lines)
     metadata = load_checkpoint(sample_run[1])[1]

@@ -106,7 +106,7 @@ class Features:
         odd = torch.randint(-(2**62), 2**62, (width,), generator=torch.Generator().manual_seed(0)) | 1
         # Sums of the bits as integers, each times a random number, modulo 2**64; in slices, to bound the memory.
         hashes = torch.zeros(len(self.chunks) * self.step, dtype=torch.int64)
-        for number, chunk in enumerate(track("copies by features:", self.chunks)):
+        for number, chunk in enumerate(track("exact copies:", self.chunks)):
             for start in range(0, len(chunk), BLOCK):
                 features = chunk[start : start + BLOCK, 0].contiguous()
                 first = number * self.step + start

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from transfer.inputs.formats import format_of, read_head
-from transfer.inputs.lists import ImageList
+from transfer.inputs.lists import ImageList, most_unreadable
 from transfer.system.console import UserError, first_three, plural, printable, summarise, warn
 
 SUFFIXES = (".heic", ".heif")
@@ -25,7 +25,7 @@ def check_heic(train: ImageList, held_out: Sequence[ImageList]) -> None:
     """Name the HEIC photos, which can't be read, all at once and before the pass, with how to convert them. Raises
     UserError where they are more than a hundredth of the training images, or any that are held out.
     """
-    name_heic(train, max(1, len(train) // 100))
+    name_heic(train, most_unreadable(train))
     for image_list in held_out:
         name_heic(image_list, 0)
 

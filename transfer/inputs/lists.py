@@ -257,6 +257,11 @@ def check_lists(train: ImageList, held_out: Sequence[ImageList], problems: Seque
         warn(f"{train.name}: only one image has label {first_three(single)}: its class is learned by heart")
 
 
+def most_unreadable(train: ImageList) -> int:
+    """How many of the training images may be skipped because they can't be read: one in a hundred, at least one."""
+    return max(1, len(train) // 100)
+
+
 def check_unreadable(
     image_list: ImageList, unreadable: dict[int, str], max_unreadable: int, stopped: bool = False
 ) -> None:

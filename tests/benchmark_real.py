@@ -62,31 +62,31 @@ class Source(NamedTuple):
     name: str
 
     def load(self, part: str, size: int = HPARAMS.size, views: int = HPARAMS.views) -> Split:
-        """Features of its train or test list, made if they are not there."""
-        name, kept_views = self.name, HPARAMS.views if part == "train" else 1
+        """Features of its train or test list: those kept of as many views or more, else made and kept."""
+        name = self.name
         if name == "swapped":
             name, part = "sample", {"train": "test", "test": "train"}[part]
         root = ROOT if name == "sample" else self.folder
         path = root / (f"{part}.txt" if name == "sample" else f"{name}_{part}.txt")
-        kept = self.folder / "features"
-        kept.mkdir(exist_ok=True)
-        if self.backbone == "bundled":
-            features = bundled_features(path, root, kept / "bundled", size=size, views=kept_views)
-        else:
-            kept /= f"{name}_{part}_{size}_{kept_views}.npz"
-            features = real_features(path, root, kept, size=size, views=kept_views)
-        return Split(None, features.subset(torch.arange(len(features)), views))
+        kept = [self.folder / "features" / f"{self.backbone}_{name}_{part}_{size}_{v}.npz" for v in (views, 4)]
+        found = next((each for each in kept if each.exists()), kept[0])
+        if not found.exists():
+            found.parent.mkdir(exist_ok=True)
+            make = save_bundled_features if self.backbone == "bundled" else save_real_features
+            make(path, root, found, size=size, views=views)
+        arrays = np.load(found)
+        features = torch.from_numpy(arrays["features"][:, :views])
+        return Split(None, Features([features], len(features), torch.from_numpy(arrays["labels"]).long()))
 
     def __str__(self) -> str:
         return f"{self.backbone}, {self.name}"
 
 
-def bundled_features(path: Path, root: Path, cache: Path, *, size: int, views: int) -> Features:
+def save_bundled_features(path: Path, root: Path, kept: Path, *, size: int, views: int) -> None:
     """By the project's own pass."""
-    compute = pick_compute("cpu", "auto", None)
     dataset = train.ImageDataset(read_list(path, root)[0], range(views), 0, size)
-    cache.mkdir(exist_ok=True)
-    return extract_features(bundled_backbone(), dataset, compute=compute, cache=cache)
+    features = extract_features(bundled_backbone(), dataset, compute=pick_compute("cpu", "auto", None))
+    np.savez(kept, features=features[features.rows].numpy(), labels=features.labels[features.rows].numpy())
 
 
 @functools.cache
@@ -95,14 +95,10 @@ def bundled_backbone() -> nn.Module:
     return inference_copy(backbone_of(train.build_model("resnet18", 20, weights, 0)), pick_compute("cpu", "auto", None))
 
 
-def real_features(path: Path, root: Path, kept: Path, *, size: int, views: int) -> Features:
-    if not kept.exists():
-        command = [sys.executable, str(kept.parent.parent / "real_features.py"), str(path), "--root", str(root)]
-        options = "--size", str(size), "--views", str(views), "--out", str(kept)
-        subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
-    arrays = np.load(kept)
-    features = torch.from_numpy(arrays["features"])
-    return Features([features], len(features), torch.from_numpy(arrays["labels"]).long())
+def save_real_features(path: Path, root: Path, kept: Path, *, size: int, views: int) -> None:
+    command = [sys.executable, str(kept.parent.parent / "real_features.py"), str(path), "--root", str(root)]
+    options = "--size", str(size), "--views", str(views), "--out", str(kept)
+    subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
 
 
 class LastAndBest(History):

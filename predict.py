@@ -36,7 +36,7 @@ from transfer.audit.copies import thumbnails
 from transfer.backbone import backbone_of, embed, embed_batches, embed_dataset, inference_copy, pass_batch, unbatch
 from transfer.checkpoint import load_checkpoint
 from transfer.device import Compute, pick_compute
-from transfer.inputs.images import GREY_BITS, ImageError, as_rgb, read_image, upright
+from transfer.inputs.images import GREY_BITS, ImageError, from_pil, read_image
 from transfer.inputs.lists import ImageList
 from transfer.inputs.pile import read_pile
 from transfer.inputs.sources import Source, correct_labels, join_sources, read_sources
@@ -119,9 +119,8 @@ def predict(classifier: Classifier, images: Sequence[str | os.PathLike | Image.I
     """
     named = []
     for image in images:
-        # A copy, since `upright` turns the image itself, and this one is the caller's.
-        bits = classifier.grey_bits
-        image = as_rgb(upright(image.copy()), bits) if isinstance(image, Image.Image) else read_image(image, bits)
+        read = from_pil if isinstance(image, Image.Image) else read_image
+        image = read(image, classifier.grey_bits)
         views = draw_views(image, classifier.views, 0, size=classifier.size)
         features = embed(classifier.backbone, views, classifier.compute)
         probs = probabilities(classifier, features)

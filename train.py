@@ -156,8 +156,9 @@ def extract_splits(
     test, val = data.test and extract(data.test), data.val and extract(data.val)
     trainval = extract(data.train, range(hparams.views), most_unreadable(data.train))
     warn_on_flat_images(trainval)
-    for named in filter(None, (test, val)):
-        warn_on_leakage(trainval, named)
+    for noun, named in (("test", test), ("validation", val)):
+        if named:
+            warn_on_leakage(trainval, named, noun)
     if test is None:
         trainval, test = hold_out_test(trainval, data.split_paths, seed)
     train = trainval

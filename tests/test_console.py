@@ -183,6 +183,16 @@ def test_a_terminal_gets_one_line_of_progress_that_renews_itself(watch):
     assert "\repoch 3: 200/1,000 images  4.0/s  3 min 20 s left\r" in text
 
 
+def test_before_anything_is_done_progress_says_nothing(watch, monkeypatch):
+    assert "images" in watch(1, terminal=True)  # from here on stderr is a terminal
+    progress = console.Progress("neighbours:", 10)
+    monkeypatch.setattr(console.time, "perf_counter", lambda: 1e9)
+    progress.add(0)
+    assert "neighbours" not in console.sys.stderr.getvalue()
+    progress.add(5)
+    assert "neighbours: 5/10 images" in console.sys.stderr.getvalue()
+
+
 def test_progress_is_rank_0s_alone(watch, monkeypatch):
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")):
         monkeypatch.setenv(name, value)

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,10 +106,12 @@ def test_folds_keep_groups_whole_and_spread_each_class(sizes, seed):
     assert assign_folds(torch.arange(8), torch.arange(8), k=4, seed=seed).bincount().tolist() == [2] * 4
 
 
-def test_a_fold_head_is_trained_as_the_recipe_trains_its_own_and_a_signal_ends_it(monkeypatch):
+@pytest.mark.parametrize("weights", [None, torch.tensor([4.0, 0.1, 1.0, 1.0, 0.5, 2.0])])
+def test_a_fold_head_is_trained_as_the_recipe_trains_its_own_and_a_signal_ends_it(monkeypatch, weights):
     features, labels, _ = scenes()
     rates, fold = [0.01, 0.01, 0.005], torch.ones(len(labels), dtype=torch.int64)  # head 0 never misses an image
-    options = {"num_classes": 6, "batch_size": 20, "seed": 3}
+    options = {"num_classes": 6, "batch_size": 20, "seed": 3, "class_weights": weights}
+    criterion = nn.CrossEntropyLoss(weights, reduction="sum")
     first = train_fold_heads(features, labels, fold, lrs=[0.0], **options)  # as heads are drawn
     head = nn.Linear(64, 6)
     head.load_state_dict({"weight": first.weights[:, :6].T.clone(), "bias": first.bias[:6].clone()})
@@ -119,7 +122,7 @@ def test_a_fold_head_is_trained_as_the_recipe_trains_its_own_and_a_signal_ends_i
         optimizer.param_groups[0]["lr"] = rate
         for batch in torch.randperm(len(labels), generator=generator).split(40):  # of which each head sees a half
             optimizer.zero_grad()
-            nn.functional.cross_entropy(head(features[batch, 0]), labels[batch]).backward()
+            (criterion(head(features[batch, 0]), labels[batch]) / len(batch)).backward()
             optimizer.step()
     heads = train_fold_heads(features, labels, fold, lrs=rates, **options)
     assert torch.allclose(heads.weights[:, :6], head.weight.T, atol=1e-5)
@@ -224,3 +227,14 @@ def test_a_photo_that_lies_in_two_classes_is_never_held_out():
     for seed in range(10):
         train, val = (part.features.rows for part in group_split(split, 0.4, seed, "none to spare"))
         assert len(val) and not twins[val].any() and len(train) + len(val) == 60
+
+
+def test_with_balance_the_heads_out_of_fold_have_the_real_heads_loss():
+    features, labels, _ = scenes()
+    rows = torch.cat([(labels == label).nonzero().flatten()[: 24 if label else 6] for label in range(6)])
+    some = Features([features[rows]], len(rows), labels[rows])
+    plain, balanced = (cross_val_logits(some, [0.005] * 5, replace(HPARAMS, balance=each)) for each in (False, True))
+    rare = plain[1] == 0
+    assert torch.equal(plain[1], balanced[1]) and rare.any()
+    # The weights draw the head towards the rare class.
+    assert (balanced[0] - plain[0]).log_softmax(1)[:, 0].mean() > (balanced[0] - plain[0]).log_softmax(1)[:, 1:].mean()

@@ -277,6 +277,23 @@ def test_heic_photos_are_named_all_at_once_before_the_pass_with_how_to_convert_t
     assert lines[-1] == f"error: {total}; to convert: {CONVERT}(needs libheif-examples)"
 
 
+def test_heic_photos_with_absolute_and_with_relative_paths_are_named_together(photos, monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    for name in ("red/1.heic", "blue/2.heic"):
+        Path(f"photos/{name}").write_bytes(HEIC)
+    lines = [f"photos/red/{n}.png 0\nphotos/blue/{n}.png 1\n" for n in range(3, 10)]
+    Path("list.txt").write_text("".join(lines) + f"photos/red/1.heic 0\n{photos}/photos/blue/2.heic 1\n")
+    with pytest.raises(UserError) as error:
+        load(Path("list.txt"), Path("list.txt"))
+    assert f"to convert: find {photos}/photos -iname" in error.value.lines[-1]
+
+
+def test_a_train_txt_alone_is_trained_on_with_test_images_held_out(photos):
+    Path("train.txt").write_text("".join(f"photos/{c}/{n}.png {i}\n" for i, c in enumerate(COLOURS) for n in (3, 4)))
+    data = load()
+    assert data.test is None and len(data.train) == 6 and data.test_path == Path("best.test.txt")
+
+
 def test_as_many_heic_photos_as_may_be_unreadable_are_skipped_with_a_word_beforehand(photos, capsys):
     Path("photos/red/IMG.HEIC").write_bytes(HEIC)
     assert len(load(Path("photos")).train) == 31

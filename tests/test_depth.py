@@ -1,6 +1,8 @@
 """Depth: 16-bit greyscale that uses fewer bits is as bright as it was meant, in training and in prediction."""
 
+import base64
 import io
+import re
 import struct
 from pathlib import Path
 
@@ -14,8 +16,9 @@ import predict
 import train
 from transfer.checkpoint import load_checkpoint
 from transfer.inputs.depth import grey_bits_of
-from transfer.inputs.images import ImageError, decode_image, used_bits
+from transfer.inputs.images import ImageError, decode_image, from_pil, used_bits
 from transfer.inputs.lists import read_list
+from transfer.pages.html import thumbnail
 
 
 def save_grey(path, top, format="PNG"):
@@ -62,6 +65,16 @@ def test_training_and_prediction_see_such_images_alike_and_the_header_says_so(sc
     assert seen == [37, 250, 37, 250]
 
 
+def test_pages_show_such_images_as_the_model_sees_them(scans):
+    dark, right = (thumbnail(b"scans/bright/0.png", "", bits) for bits in (16, 12))
+
+    def brightest(drawn):
+        content = base64.b64decode(re.search(r"base64,([^\"]+)", drawn)[1])
+        return np.asarray(Image.open(io.BytesIO(content))).max()
+
+    assert brightest(dark) < 30 and brightest(right) > 220
+
+
 def test_the_scale_is_part_of_what_kept_features_depend_on(scans, tiny):
     image_list = read_list(Path("list.txt"), Path())[0]
     recipes = [train.ImageDataset(image_list, [0], 0, grey_bits=bits).describe() for bits in (12, 16)]
@@ -102,6 +115,17 @@ def test_16_bits_with_a_sign_are_refused_for_what_they_are():
 def test_a_16_bit_pgm_is_read():
     content = b"P5 4 1 65535\n" + np.array([0, 256, 32768, 65535], ">u2").tobytes()
     assert np.asarray(decode_image(io.BytesIO(content)))[0, :, 0].tolist() == [0, 1, 128, 255]
+    opened = Image.open(io.BytesIO(content))
+    assert np.asarray(from_pil(opened))[0, :, 0].tolist() == [0, 1, 128, 255] and opened.mode != "RGB"
+
+
+def test_a_pil_image_is_read_as_its_file_is_and_a_damaged_one_is_refused(scans):
+    whole = Path("scans/dark/0.tif").read_bytes()
+    for bits in (12, 16):
+        as_file, as_image = decode_image(io.BytesIO(whole), bits), from_pil(Image.open(io.BytesIO(whole)), bits)
+        assert np.array_equal(np.asarray(as_file), np.asarray(as_image))
+    with pytest.raises(ImageError, match="damaged"):
+        from_pil(Image.open(io.BytesIO(Path("scans/bright/0.png").read_bytes()[:-60])))
 
 
 def test_where_images_are_one_flat_colour_a_warning_says_how_many(tmp_path, monkeypatch, small, tiny):

@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import run_main
 from torch import nn
+from torch.cuda._utils import _get_device_index
 
 import train
-from transfer.device import Compute, pick_device, pick_precision
+from transfer.device import Compute, free_memory, pick_device, pick_precision
 from transfer.finetune import Network
 from transfer.system.console import UserError
 
@@ -20,7 +21,8 @@ def cards(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
         current = []
-        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        # By torch's own rule for what is no card: a name without a number.
+        monkeypatch.setattr(torch.cuda, "set_device", lambda card: current.append(_get_device_index(card)))
         return current
 
     return pretend
@@ -44,7 +46,7 @@ def test_each_rank_gets_a_card_of_its_own_and_makes_it_current(cards, rank, name
     for local in range(4):
         rank(local, 4)
         assert pick_device(name) == torch.device(f"cuda:{local}")
-    assert current == [f"cuda:{local}" for local in range(4)]
+    assert current == [*range(4)]
 
 
 def test_more_ranks_than_cards_is_one_line_with_the_way_out(cards, rank):
@@ -64,7 +66,13 @@ def test_ranks_do_not_share_a_card_by_name(cards, rank):
 
 def test_alone_the_named_card_is_made_current(cards):
     current = cards(2)
-    assert pick_device("cuda:1") == torch.device("cuda:1") and current == ["cuda:1"]
+    assert pick_device("cuda:1") == torch.device("cuda:1") and current == [1]
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_alone_and_without_a_number_it_is_the_current_card(cards, name):
+    current = cards(2)
+    assert pick_device(name) == torch.device("cuda") and current == []
 
 
 def test_a_device_that_is_not_there_is_one_line_with_those_that_are(cards):
@@ -103,3 +111,12 @@ def test_on_mps_the_trained_stages_keep_out_of_channels_last(name, layout):
     network = Network(Tail(), nn.Linear(4, 2), Compute(torch.device(name), torch.float32))
     network(torch.randn(2, 4, 3, 3).to(memory_format=torch.channels_last))
     assert seen == [True]
+
+
+def test_in_a_container_files_that_were_read_take_no_memory_away(tmp_path, monkeypatch):
+    monkeypatch.setattr("transfer.device.CGROUP", tmp_path)
+    for name, content in (("max", "5000000"), ("current", "4000000"), ("stat", "anon 1\ninactive_file 2000000\n")):
+        (tmp_path / f"memory.{name}").write_text(content)
+    assert free_memory() == 3_000_000
+    (tmp_path / "memory.max").write_text("max")  # no limit
+    assert free_memory() > 3_000_000

@@ -191,6 +191,28 @@ def test_a_folder_of_a_single_class_is_an_error_that_names_the_folder_below(tmp_
     assert (status, out, err) == (2, "", f"error: pics: a single class, {only}{why}\n")
 
 
+def test_after_corrections_the_single_class_is_the_one_that_is_left(photos):
+    lines = [f"photos/{colour}/{n}.png -\n" for colour in ("blue", "green") for n in range(10)]
+    Path("out.txt").write_text("".join(lines))
+    err = run_main(train.main, "--train", "photos", "--weights", "none", "--corrections", "out.txt")[2]
+    assert "photos: a single class, red; " in err
+
+
+def test_a_list_of_one_named_class_is_an_error_too(photos):
+    Path("one.txt").write_text("photos/red/3.png cat\nphotos/red/4.png cat\n")
+    status, out, err = run_main(train.main, "--train", "one.txt", "--weights", "none")
+    why = "all images have one label; add images of another class"
+    assert (status, out, err) == (2, "", f"error: one.txt: {why}\n")
+
+
+def test_a_command_that_is_suggested_can_be_pasted(photos):
+    os.makedirs("my photos/all")
+    for colour in COLOURS:
+        os.rename(f"photos/{colour}", f"my photos/all/{colour}")
+    err = run_main(train.main, "--train", "my photos", "--weights", "none")[2]
+    assert "; name that one: --train 'my photos/all'\n" in err
+
+
 # Predicted
 
 

@@ -300,18 +300,38 @@ def test_the_printed_command_works_when_pasted(colours, small, tiny, tmp_path_fa
 
 
 def test_a_run_that_ends_before_its_first_epoch_leaves_the_previous_checkpoint_alone(trained):
-    Path("best.previous.pth").write_bytes(b"the one before")
+    before = Path("best.pth").read_bytes()
+    Path("best.previous.pth").write_bytes(before)
     assert trained("--lr", 9e36)[0] == 1
-    assert Path("best.previous.pth").read_bytes() == b"the one before"
+    assert Path("best.previous.pth").read_bytes() == Path("best.pth").read_bytes() == before
 
 
-def test_out_of_memory_in_a_training_step_is_one_line_with_the_way_out(trained, monkeypatch):
+def test_a_checkpoint_of_others_is_moved_aside_once_and_never_replaced(trained):
+    foreign = b"somebody's weights"
+    Path("best.pth").write_bytes(foreign)
+    status, out, _ = trained()
+    assert status == 0 and "\nreplaces  best.pth (no checkpoint of ours); kept as best.previous.pth\n" in out
+    assert Path("best.previous.pth").read_bytes() == foreign
+    before = Path("best.pth").read_bytes()
+    why = "best.previous.pth is there already, and is no checkpoint of ours; move it, or name another file"
+    assert trained()[::2] == (2, f"error: --out best.pth: {why}\n")
+    assert (Path("best.previous.pth").read_bytes(), Path("best.pth").read_bytes()) == (foreign, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "run with a smaller --batch-size, or --device cpu"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "close programs, or lower --workers"),
+        (MemoryError("Unable to allocate 20 GiB"), "close programs, or lower --workers"),
+    ],
+)
+def test_out_of_memory_in_a_training_step_is_one_line_with_the_way_out(trained, monkeypatch, error, fix):
     def fail(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        raise error
 
     monkeypatch.setattr(train, "train_one_epoch", fail)
     status, _, err = trained()
-    fix = "run with a smaller --batch-size, or --device cpu"
     assert (status, err) == (1, f"error: out of memory; {fix}; what was saved is whole\n")
 
 

@@ -124,7 +124,7 @@ def start_workers(loader: DataLoader) -> Iterator[Packed]:
 def is_worker_death(error: Exception) -> bool:
     """Whether a DataLoader's error tells of a worker that died, lacks memory or can't start; not of a bug in one."""
     if "Caught " in str(error):  # with the worker's own traceback
-        return isinstance(error, MemoryError) or out_of_memory(error)
+        return out_of_memory(error)
     return not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)
 
 

@@ -123,7 +123,7 @@ class FeatureCache:
                 return chunk
         except MappingError:
             raise
-        except (UserError, KeyError, TypeError, AttributeError):
+        except (UserError, LookupError, TypeError, AttributeError):
             pass
         warn(f"{printable(path)}: damaged or foreign; computed again")
         with contextlib.suppress(OSError):

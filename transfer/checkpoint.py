@@ -78,18 +78,24 @@ def load_checkpoint(path: Path, arch: str | None = None) -> tuple[nn.Module, dic
 
 
 def describe_existing(path: Path) -> str | None:
-    """What a run that saves here replaces and what becomes of that, in words; None where there is nothing."""
+    """What a run that saves here replaces and what becomes of that, in words; None where there is nothing.
+
+    Raises UserError where that takes the place of a file that no run wrote.
+    """
     if not path.exists():
         return None
-    name, metadata = printable(path), read_metadata(path)
+    name, metadata, previous = printable(path), read_metadata(path), backup_path(path)
+    if is_own(metadata or {}, run_id()):
+        return f"{name} of this run before it was restarted; {printable(previous)} stays"
+    if previous.exists() and not read_metadata(previous):
+        foreign = f"{printable(previous)} is there already, and is no checkpoint of ours"
+        raise UserError(f"--out {name}: {foreign}; move it, or name another file")
     if metadata is None:
-        return f"{name} (no checkpoint of ours); kept as {printable(backup_path(path))}"
-    if is_own(metadata, run_id()):
-        return f"{name} of this run before it was restarted; {printable(backup_path(path))} stays"
+        return f"{name} (no checkpoint of ours); kept as {printable(previous)}"
     scored = " (of unknown accuracy)"
     if {"accuracy", "chosen_on", "date"} <= metadata.keys():
         scored = f", {metadata['accuracy']:.2%} on {printable(metadata['chosen_on'])}, {printable(metadata['date'])}"
-    return f"{name}{scored}; kept as {printable(backup_path(path))}"
+    return f"{name}{scored}; kept as {printable(previous)}"
 
 
 def read_metadata(path: Path) -> dict | None:

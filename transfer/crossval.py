@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transfer.distributed import broadcast, is_main_process
 from transfer.features import Features, Split, batches_of
 from transfer.groups import near_duplicates
+from transfer.metrics import class_weights
 from transfer.system.console import QUIET, Progress, UserError, track
 from transfer.training import Hyperparameters, epoch_views
 
@@ -81,6 +82,15 @@ class FoldHeads:
         return logits
 
 
+def draw_linear(width: int, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Weights (D, outputs) and bias (outputs,) to be trained, drawn as nn.Linear draws its own."""
+    bound = width**-0.5
+    weights, bias = (
+        torch.empty(shape).uniform_(-bound, bound, generator=generator) for shape in ((width, outputs), (outputs,))
+    )
+    return weights.requires_grad_(), bias.requires_grad_()
+
+
 def train_fold_heads(
     features: Tensor | Features,
     labels: Tensor,
@@ -92,20 +102,19 @@ def train_fold_heads(
     seed: int,
     train_rows: Tensor | None = None,
     num_views: int = 1,
+    class_weights: Tensor | None = None,
 ) -> FoldHeads:
     """The heads of all K folds at once, each trained without its fold.
 
-    features: (N, V, D); labels, fold: (N,). lrs: Adam's learning rate in each epoch, as the real head had them up to
-    the epoch that was kept: only then are these logits as large as its own, and a temperature fitted on them fits it.
-    train_rows: the rows that heads may be trained on, (M,); by default all. num_views: how many views of an image its
-    logits are the mean of.
+    features: (N, V, D); labels, fold: (N,). lrs: Adam's learning rate in each epoch, and class_weights: (C,), of the
+    loss, as the real head had them: only then are these logits as large as its own, and a temperature fitted on them
+    fits it. train_rows: the rows that heads may be trained on, (M,); by default all. num_views: how many views of an
+    image its logits are the mean of.
     """
     heads, (_, views, width) = int(fold.max()) + 1, features.shape
     train_rows = torch.arange(len(labels)) if train_rows is None else train_rows
     generator = torch.Generator().manual_seed(seed)
-    bound = width**-0.5  # nn.Linear's
-    weights = torch.empty(width, heads * num_classes).uniform_(-bound, bound, generator=generator).requires_grad_()
-    bias = torch.empty(heads * num_classes).uniform_(-bound, bound, generator=generator).requires_grad_()
+    weights, bias = draw_linear(width, heads * num_classes, generator)
     optimizer = torch.optim.Adam([weights, bias], lr=lrs[0])
     other_folds = (fold[:, None] != torch.arange(heads)).float()  # the heads that an image trains
     drawn = round(batch_size * heads / max(1, heads - 1))  # so that each head's own batch is as large as asked
@@ -115,7 +124,8 @@ def train_fold_heads(
         optimizer.param_groups[0]["lr"] = lr
         order = torch.randperm(len(train_rows) * len(views), generator=generator)
         for rows, inputs in batches_of(features, train_rows[order // len(views)], views[order % len(views)], drawn):
-            loss = sum_of_means(torch.addmm(bias, inputs, weights), labels[rows], other_folds[rows])
+            logits = torch.addmm(bias, inputs, weights)
+            loss = sum_of_means(logits, labels[rows], other_folds[rows], class_weights)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -123,13 +133,15 @@ def train_fold_heads(
     return FoldHeads(features, fold, weights.detach(), bias.detach(), num_classes, num_views)
 
 
-def sum_of_means(logits: Tensor, labels: Tensor, mine: Tensor) -> Tensor:
+def sum_of_means(logits: Tensor, labels: Tensor, mine: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """The sum over K heads of each one's mean loss, of which Adam moves each head by its own: a scalar.
 
-    logits: (n, K * C); labels: (n,); mine: (n, K), 1 where the head is trained on the image, else 0.
+    logits: (n, K * C); labels: (n,); mine: (n, K), 1 where the head is trained on the image, else 0; class_weights:
+    (C,), of the loss.
     """
     heads = mine.shape[1]
-    losses = F.cross_entropy(logits.view(len(labels) * heads, -1), labels.repeat_interleave(heads), reduction="none")
+    logits, repeated = logits.view(len(labels) * heads, -1), labels.repeat_interleave(heads)
+    losses = F.cross_entropy(logits, repeated, class_weights, reduction="none")
     return (losses.view(-1, heads) * mine / mine.sum(0).clamp_min(1)).sum()
 
 
@@ -191,8 +203,8 @@ class CrossValidation:
         self.fold = assign_folds(self.labels, self.groups, seed=seed)
         self.known = class_in_other_folds(self.labels, self.fold)
 
-    def logits(self, lrs: Sequence[float], batch_size: int) -> Tensor:
-        """Out of fold, of all n images: (n, C)."""
+    def logits(self, lrs: Sequence[float], batch_size: int, balance: bool = False) -> Tensor:
+        """Out of fold, of all n images: (n, C). balance: classes weigh alike in the loss."""
         num_classes = int(self.labels.max()) + 1
         heads = train_fold_heads(
             self.features,
@@ -202,6 +214,7 @@ class CrossValidation:
             lrs=lrs,
             batch_size=batch_size,
             seed=self.seed,
+            class_weights=class_weights(self.labels, num_classes) if balance else None,
         )
         return torch.cat([heads[rows] for rows in torch.arange(len(self.labels)).split(BLOCK)])
 
@@ -215,6 +228,6 @@ def cross_val_logits(
     labels = features.labels[features.rows]
     if len(labels) * (int(labels.max()) + 1) > WORK:
         return None
-    images = CrossValidation(features.gather(features.rows, slice(None)), labels, hparams.seed)
-    logits, known = images.logits(lrs, hparams.batch_size), images.known
+    images = CrossValidation(features.subset(features.rows), labels, hparams.seed)
+    logits, known = images.logits(lrs, hparams.batch_size, hparams.balance), images.known
     return (logits[known], labels[known]) if known.any() else None

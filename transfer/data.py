@@ -3,7 +3,6 @@
 import errno
 import itertools
 import os
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from transfer.inputs.depth import grey_bits_of
 from transfer.inputs.folders import check_depth, read_folder, split_folder
 from transfer.inputs.heic import check_heic
 from transfer.inputs.lists import ImageList, check_lists, list_entry, read_list, why_unlistable
-from transfer.system.console import UserError, nearest_path, printable, warn
+from transfer.system.console import UserError, nearest_path, printable, quoted, warn
 from transfer.system.files import backup_path
 from transfer.system.outputs import Output
 
@@ -122,12 +121,13 @@ def find_parts(
         if not Path("train.txt").exists():
             fix = "give --train PATH, a list or a folder of class folders"
             raise UserError(f"no train.txt in {printable(Path.cwd())}; {fix}")
-        return Path("train.txt"), None, test_path or Path("test.txt"), []
+        beside = Path("test.txt") if Path("test.txt").exists() else None
+        return Path("train.txt"), None, test_path or beside, []
     parts = split_folder(train_path) if train_path.is_dir() else None
     if parts is None:
         return train_path, None, test_path, []
     if test_path is not None:
-        fix = f"give --train {printable(parts.train)} --test {printable(test_path)}"
+        fix = f"give --train {quoted(parts.train)} --test {quoted(test_path)}"
         raise UserError(f"{printable(train_path)}: holds {parts.test.name} already, and --test names another; {fix}")
     if parts.val and val_split:
         raise UserError(f"--val-split: {printable(parts.val)} chooses the epoch already; leave it out")
@@ -179,7 +179,7 @@ def find_test_list(train_path: Path, train: ImageList, root: Path, *, quiet: boo
         return beside
     unlike = "its classes do not have the same folders" if test else "it is not such a list"
     if not quiet:
-        warn(f"{printable(beside)} is not used: {unlike}; give --test {printable(beside)} to test on it")
+        warn(f"{printable(beside)} is not used: {unlike}; give --test {quoted(beside)} to test on it")
     return None
 
 
@@ -187,16 +187,18 @@ def check_classes(train: ImageList, path: Path) -> None:
     """Raises UserError where there is a single class; of a folder's it names the one below that was probably meant."""
     if len(train.labels.unique()) > 1:
         return
-    if not train.classes:
+    if not train.is_folder:
         raise UserError(f"{train.name}: all images have one label; add images of another class")
-    below = inner = path / train.classes[0]
-    while len(folders := [each for each in inner.iterdir() if each.is_dir() and each.name[0] != "."]) == 1:
+    only, folders = train.classes[int(train.labels[0])], []
+    below = inner = path / only
+    while inner.is_dir():  # not where its name is written in another form of Unicode
+        folders = [each for each in inner.iterdir() if each.is_dir() and each.name[0] != "."]
+        if len(folders) != 1:
+            break
         inner = folders[0]
-    why = f"{train.name}: a single class, {printable(train.classes[0])}"
+    why = f"{train.name}: a single class, {printable(only)}"
     if folders:
-        raise UserError(
-            f"{why}; the folders in {printable(inner)} are classes, perhaps: --train {shlex.quote(printable(inner))}"
-        )
+        raise UserError(f"{why}; the folders in {printable(inner)} are classes, perhaps: --train {quoted(inner)}")
     raise UserError(f"{why}; put a second class's photos in a folder of their own beside {printable(below)}")
 
 

@@ -14,6 +14,8 @@ from transfer.distributed import cores_per_rank, get_local_rank, local_world_siz
 from transfer.system.console import UserError, printable
 from transfer.system.flags import DEFAULT_ARCH
 
+CGROUP = Path("/sys/fs/cgroup")  # of a container, version 2
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -34,10 +36,12 @@ class Compute:
 def free_memory() -> int:
     """Bytes of main memory that may still be taken, as far as the system knows; of a container, its own."""
     limits = []
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError):
         limits.append(1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]))
-        most, taken = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        limits.append(most - taken)  # no number, and so no limit, outside a container
+        most, taken = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        # What was read of files and is not in use is given back when memory is asked for.
+        spare = re.search(r"^inactive_file (\d+)", (CGROUP / "memory.stat").read_text(), re.M)
+        limits.append(most - taken + int(spare[1]))  # no number, and so no limit, outside a container
     if not limits and hasattr(os, "sysconf"):
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)  # macOS does not say what is free
     return max(0, min(limits, default=4 << 30))
@@ -54,11 +58,11 @@ def pick_device(name: str) -> torch.device:
     if name not in ("auto", *have):
         raise UserError(f"--device {printable(name)}: this machine offers {', '.join(have)}; pick one of them or auto")
     name = have[0] if name == "auto" else name
-    if name.startswith("cuda"):
-        name = card_of_rank(name, cards)
+    device = torch.device(card_of_rank(name, cards) if name.startswith("cuda") else name)
+    if device.index is not None:  # without one it is the current card, and torch refuses to make it that
         # What names no card, as pinning memory and asking for bfloat16, means this one from here on.
-        torch.cuda.set_device(name)
-    return torch.device(name)
+        torch.cuda.set_device(device)
+    return device
 
 
 def pick_compute(

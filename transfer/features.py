@@ -161,8 +161,11 @@ class Splits:
         return self.test.features.chunks is self.trainval.features.chunks
 
 
-def warn_on_leakage(train: Split, test: Split) -> None:
-    """Warn where both lists hold an image, by path or by content: the same pixels give the same features on a CPU."""
+def warn_on_leakage(train: Split, test: Split, noun: str) -> None:
+    """Warn where both lists hold an image, by path or by content: the same pixels give the same features on a CPU.
+
+    noun: what the other images are for, test or validation.
+    """
     if get_rank():  # which has no features
         return
     both = torch.isin(test.features.content_hashes(), train.features.content_hashes())
@@ -172,8 +175,8 @@ def warn_on_leakage(train: Split, test: Split) -> None:
     both = (both | torch.from_numpy(np.isin(paths[1], paths[0]))).nonzero().flatten()
     if len(both):
         warn(
-            f"{len(both):,} of {len(lists[1]):,} test images are in {lists[0].name} too, so the test accuracy is not "
-            f"to be believed: {first_three([lists[1].where(row) for row in both.tolist()])}"
+            f"{len(both):,} of {len(lists[1]):,} {noun} images are in {lists[0].name} too, so the {noun} accuracy is "
+            f"not to be believed: {first_three([lists[1].where(row) for row in both.tolist()])}"
         )
 
 

@@ -13,7 +13,7 @@ from transfer.data import Data
 from transfer.device import Compute
 from transfer.distributed import is_main_process
 from transfer.features import Splits
-from transfer.metrics import MAX_NAME_LENGTH, Metrics, wilson_interval
+from transfer.metrics import Metrics, short_name, wilson_interval
 from transfer.pretrained import Pretrained
 from transfer.system.console import plural, predict_command, printable, warn
 from transfer.system.files import history_path, path_digest, save_atomically
@@ -51,17 +51,12 @@ def print_header(compute: Compute, pretrained: Pretrained, data: Data, history: 
 def class_sizes(data: Data) -> str:
     """How many classes there are, and their names with their training images: of many the smallest and largest."""
     counts = data.train.labels.bincount(minlength=len(data.classes)).tolist()
-    names = [f"{shortened(printable(name))} {count:,}" for name, count in zip(data.classes, counts, strict=True)]
+    names = [f"{short_name(name)} {count:,}" for name, count in zip(data.classes, counts, strict=True)]
     words = plural(len(names), "class", "classes")
     if len(names) <= SHOWN_CLASSES:
         return f"{words}: {', '.join(names)}"
     smallest, largest = (names[counts.index(count)] for count in (min(counts), max(counts)))
     return f"{words}: {', '.join(names[: SHOWN_CLASSES - 3])}, ...; smallest {smallest}, largest {largest}"
-
-
-def shortened(name: str) -> str:
-    """A name, of a long one its beginning."""
-    return name if len(name) <= MAX_NAME_LENGTH else f"{name[: MAX_NAME_LENGTH - 1]}…"
 
 
 def run_metadata(flags: dict, data: Data, pretrained: Pretrained, splits: Splits, *, compute: Compute) -> dict:

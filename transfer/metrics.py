@@ -60,7 +60,7 @@ class MetricMeter:
 class ClassificationScores:
     """What is right and wrong, gathered image by image: memory grows with the classes and the kinds of mistakes.
 
-    images, guessed, hits: (C,) images of each class, taken for it, and both; mistakes: (label, guess): images.
+    images, guessed, hits: (C,) images of each class, taken for it, and both; confusions: (label, guess): images.
     """
 
     def __init__(self, classes: int):
@@ -237,6 +237,12 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     return low, min(1.0, high)
 
 
+def short_name(name: str) -> str:
+    """A class's name as it may be printed, of a long one its beginning."""
+    name = printable(name)
+    return name if len(name) <= MAX_NAME_LENGTH else f"{name[: MAX_NAME_LENGTH - 1]}…"
+
+
 def percent(value: float) -> str:
     return NONE if math.isnan(value) else f"{value:.1%}"
 
@@ -256,10 +262,7 @@ def classification_report(scores: ClassificationScores, classes: Sequence[str]) 
     ):
         interval = f"95% interval {low:.1%} to {high:.1%}"
         lines.append(f"{what:<8}  {part:7.2%}  {right:,} of {scores.count:,}, {interval}")
-    # Of long names the table shows the beginning.
-    names = [
-        name if len(name) <= MAX_NAME_LENGTH else f"{name[: MAX_NAME_LENGTH - 1]}…" for name in map(printable, classes)
-    ]
+    names = [short_name(name) for name in classes]
     width = max(map(len, [*names, "macro average"]))
     lines += ["", f"{'class':<{width}}  images  precision   recall       F1  most often taken for"]
     images, taken_for, order = scores.images.tolist(), scores.taken_for(), scores.worst_first()

@@ -57,7 +57,9 @@ def csv_writer(columns: Sequence[str]) -> Callable[[Sequence], None]:
     exact = exact_names()
     writer = csv.writer(sys.stdout)
     writer.writerow(columns)
-    return lambda cells: writer.writerow(cells if exact else [each and printable(each) for each in cells])
+    return lambda cells: writer.writerow(
+        cells if exact else [printable(each) if isinstance(each, str) else each for each in cells]
+    )
 
 
 def row_printer(

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shlex
 from collections import deque
 from collections.abc import Container
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import NamedTuple
 from transfer.inputs.formats import SUFFIXES, is_image
 from transfer.inputs.labels import same_name, sort_names
 from transfer.inputs.lists import ImageList
-from transfer.system.console import UserError, first_three, os_reason, plural, printable, warn
+from transfer.system.console import UserError, first_three, os_reason, plural, printable, quoted, warn
 
 # Of systems and tools: nobody's class.
 SYSTEM_FOLDERS = (
@@ -199,7 +198,7 @@ def split_folder(folder: Path) -> Parts | None:
     if train and rest and len(found) == len(holders) == len(names):
         return Parts(train, found.get("val") if "test" in found else None, rest)
     listed = first_three([printable(name) for name in names])
-    fix = f"--train {printable(train or folder / 'FOLDER')} --test {printable(rest or folder / 'FOLDER')}"
+    fix = f"--train {quoted(train or folder / 'FOLDER')} --test {quoted(rest or folder / 'FOLDER')}"
     doubt = f"looks split already ({listed}), but it is in doubt what is for what"
     raise UserError(f"{printable(folder)}: {doubt}; name folders of class folders: {fix}")
 
@@ -221,12 +220,12 @@ def check_depth(folder: Path, image_list: ImageList) -> list[str]:
     if len(inner) == 1 and len(inner[0]) > 1 and "" not in inner[0]:
         only = folder / image_list.classes[0]
         names = first_three([printable(name) for name in sort_names(inner[0])])
-        return [f"{image_list.name}: holds one folder, with {names} in it; name that one: --train {printable(only)}"]
+        return [f"{image_list.name}: holds one folder, with {names} in it; name that one: --train {quoted(only)}"]
     deep = [label for label, folders in enumerate(inner) if len(folders) > 1 and "" not in folders]
     if len(inner) > 1 and len(deep) == 1:
         name = image_list.classes[deep[0]]
         names, fix = first_three([printable(each) for each in sort_names(inner[deep[0]])]), folder / name
-        those = f"if those are the classes: --train {shlex.quote(printable(fix))}"
+        those = f"if those are the classes: --train {quoted(fix)}"
         warn(f"{image_list.name}: {printable(name)} is one class, with the folders {names} in it; {those}")
     shared = set.intersection(*inner) if inner else set()
     if len(inner) > 1 and len(shared) > 1 and all(each == shared for each in inner) and "" not in shared:

@@ -1,13 +1,12 @@
 """HEIC: an iPhone's photos, which can't be read, named before the pass with the command that converts them."""
 
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 
 from transfer.inputs.formats import format_of, read_head
 from transfer.inputs.lists import ImageList, most_unreadable
-from transfer.system.console import UserError, first_three, plural, printable, summarise, warn
+from transfer.system.console import UserError, first_three, plural, printable, quoted, summarise, warn
 
 SUFFIXES = (".heic", ".heif")
 SAMPLE = 1000  # images of other names that are opened, evenly over the list; where one of them is HEIC, all are
@@ -38,7 +37,10 @@ def name_heic(image_list: ImageList, most: int) -> None:
     lines = [image_list.where(row) for row in rows]
     total = f"{image_list.name}: {plural(len(rows), 'HEIC photo')}, which can't be read"
     paths = [image_list.path(row) for row in rows]
-    fix = f"to convert: {heic_command(os.path.commonpath(list(map(os.path.dirname, paths))))}"
+    folders = [os.path.dirname(path) for path in paths]
+    if len(set(map(os.path.isabs, folders))) > 1:
+        folders = [os.path.abspath(folder) for folder in folders]
+    fix = f"to convert: {heic_command(os.path.commonpath(folders))}"
     if misnamed := [path for path in paths if not has_heic_name(path)]:
         fix = f"rename {first_three(list(map(printable, misnamed)))} to .heic; {fix}"
     fix = fix if image_list.classes else f"name JPEGs in the list; {fix}"
@@ -73,4 +75,4 @@ def is_heic(path: bytes) -> bool:
 
 def heic_command(folder: bytes) -> str:
     """What converts the HEIC photos in a folder, to be pasted into a shell."""
-    return COMMANDS.get(sys.platform, COMMANDS["linux"]).format(shlex.quote(printable(folder or b".")))
+    return COMMANDS.get(sys.platform, COMMANDS["linux"]).format(quoted(folder or b"."))

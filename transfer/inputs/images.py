@@ -165,6 +165,16 @@ def upright(image: Image.Image) -> Image.Image:
     return image
 
 
+def from_pil(image: Image.Image, grey_bits: int = GREY_BITS) -> Image.Image:
+    """A PIL image as `read_image` gives its file; the caller's own stays as it is. Raises ImageError."""
+    with pillow_errors(image.format):
+        copy = image.copy()  # which lacks what says how its grey is to be read
+        copy.format = image.format
+        if hasattr(image, "tag_v2"):
+            copy.tag_v2 = image.tag_v2
+        return as_rgb(upright(copy), grey_bits)
+
+
 def as_rgb(image: Image.Image, grey_bits: int = GREY_BITS) -> Image.Image:
     """Any mode as RGB: transparency on white, 16-bit grey scaled to 8. Raises ImageError for pixels of more bits.
 

@@ -21,6 +21,7 @@ from transfer.system.console import (
     os_reason,
     plural,
     printable,
+    quoted,
     summarise,
     warn,
 )
@@ -115,7 +116,7 @@ def missing_hint(path: bytes, list_path: Path) -> str:
     if b"\\" in path and os.path.exists(path.replace(b"\\", b"/")):
         return "write / instead of \\"
     if os.path.exists(os.path.join(os.fsencode(list_path.parent), path)):
-        return f"it lies beside the list: add --root {printable(list_path.parent)}"
+        return f"it lies beside the list: add --root {quoted(list_path.parent)}"
     if any(os.path.isfile(path[: space.start()]) for space in re.finditer(rb"\s", path)):
         return "a class name with spaces needs a tab before it"
     return "paths are relative to the working directory, or to --root DIR"

@@ -3,7 +3,6 @@
 import glob
 import itertools
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from transfer.inputs.folders import images_below, read_folder
 from transfer.inputs.formats import SUFFIXES
 from transfer.inputs.labels import NUMBERED, same_name, sort_names
 from transfer.inputs.lists import LIST_SUFFIXES, ImageList, ListsError, as_stored, missing_hint, read_list
-from transfer.system.console import UserError, nearest_path, printable, warn
+from transfer.system.console import UserError, nearest_path, printable, quoted, warn
 from transfer.system.files import open_regular, path_digest
 
 LONGEST_PATH = 4096  # letters, as most systems have it
@@ -80,7 +79,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
             if len(whole) > LONGEST_PATH:
                 break
             if os.path.exists(whole):
-                raise UserError(f"a path with spaces needs quotes: {shlex.quote(printable(whole))}")
+                raise UserError(f"a path with spaces needs quotes: {quoted(whole)}")
         if hint := nearest_path(Path(argument)):
             warn(f"{printable(argument)}: no such file{hint}")
 

@@ -262,7 +262,7 @@ def save_audit(path: Path, audit: Audit, corrections: Corrections, model: Path, 
     lists = " and ".join(escape(split.image_list.name) for split in (audit.train, audit.test))
     counts = {kind: len(audit.of_kind(kind)) for kind in TITLES}
     copies = counts["conflict"] + counts["leak"] + counts["duplicate"]
-    table, thumbnails = table_path(path, model), Thumbnails()
+    table, thumbnails = table_path(path, model), Thumbnails(audit.train.dataset.grey_bits)
     sections = [
         (f'<span id="{kind}">{TITLES[kind]}</span>', findings_section(audit, kind, choices, thumbnails), "")
         for kind in TITLES

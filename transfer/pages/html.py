@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from transfer.inputs.images import ImageError, read_image
+from transfer.inputs.images import GREY_BITS, ImageError, read_image
 from transfer.system.console import printable
 
 THUMBNAIL = 112  # pixels of the longer side
@@ -115,10 +115,10 @@ def class_table(key: str, heads: Sequence[str], rows: Iterable[tuple[str, float,
 # Photos
 
 
-def thumbnail(path: bytes, alt: str) -> str:
+def thumbnail(path: bytes, alt: str, grey_bits: int) -> str:
     """The image in small, or a grey square that says why not."""
     try:
-        image = read_image(path)
+        image = read_image(path, grey_bits)
     except ImageError as error:
         return f'<div class="image" role="img" aria-label="{escape(error)}">can’t be read</div>'
     image.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -130,17 +130,20 @@ def thumbnail(path: bytes, alt: str) -> str:
 
 
 class Thumbnails:
-    """The photos of a page in small, as long as they take no more than 20 MB together; cut: how many were left out."""
+    """The photos of a page in small, as long as they take no more than 20 MB together; cut: how many were left out.
 
-    def __init__(self):
-        self.size, self.cut = 0, 0
+    grey_bits: of 16-bit greyscale, as the model sees it.
+    """
+
+    def __init__(self, grey_bits: int = GREY_BITS):
+        self.grey_bits, self.size, self.cut = grey_bits, 0, 0
 
     def draw(self, path: bytes, alt: str) -> str:
         """As `thumbnail`; or a grey square in its place."""
         if self.size > THUMBNAIL_BYTES:
             self.cut += 1
             return f'<div class="image" role="img" aria-label="{alt}">left out</div>'
-        drawn = thumbnail(path, alt)
+        drawn = thumbnail(path, alt, self.grey_bits)
         self.size += len(drawn)
         return drawn
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transfer.inputs.corrections import ClassLabels
+from transfer.inputs.images import GREY_BITS
 from transfer.metrics import likeliest
 from transfer.pages.choices import SAME, SCRIPT, Choices
 from transfer.pages.html import Thumbnails, escape, page, shelves
@@ -36,7 +37,8 @@ def save_next(
     """Draw the photos to label next, of a pile of so many. metadata: of the model. Raises UserError (status 1)."""
     # A checkpoint does not tell where its photos lie, but whether they are those that train.py takes by itself.
     flags = [] if path_digest("train.txt") in metadata.get("trained_lists", []) else ["--train", "PATH"]
-    choices, thumbnails = Choices(ClassLabels.of_model(metadata), flags, model=model), Thumbnails()
+    choices = Choices(ClassLabels.of_model(metadata), flags, model=model)
+    thumbnails = Thumbnails(metadata.get("grey_bits", GREY_BITS))
     cards = shelves([next_card(answer, choices, thumbnails) for answer in answers])
     names = " and ".join("standard input" if source == "-" else escape(source) for source in sources)
     title = f"{plural(len(answers), 'photo')} to label next"

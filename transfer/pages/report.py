@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from transfer.inputs.images import GREY_BITS
 from transfer.metrics import (
     BINS,
     NONE,
@@ -26,6 +27,7 @@ from transfer.pages.html import (
     RIGHT,
     TOP,
     WIDTH,
+    Thumbnails,
     axes,
     class_table,
     escape,
@@ -37,7 +39,6 @@ from transfer.pages.html import (
     svg,
     svg_line,
     svg_text,
-    thumbnail,
     ticks,
 )
 from transfer.system.files import history_path, path_digest, save_atomically
@@ -319,7 +320,7 @@ def recall_table(scores: ClassificationScores, classes: list[str]) -> str:
 # Images
 
 
-def card(image: ScoredImage, classes: list[str]) -> str:
+def card(image: ScoredImage, classes: list[str], thumbnails: Thumbnails) -> str:
     """One image, its label, and the three likeliest classes."""
     bars, label = [], image.label
     for place, (value, guess) in enumerate(zip(image.probs, image.guesses, strict=True)):
@@ -330,12 +331,12 @@ def card(image: ScoredImage, classes: list[str]) -> str:
         )
     alt = f"labelled {escape(classes[label])}, taken for {escape(classes[image.guesses[0]])}"
     return (
-        f'<li class="card">{thumbnail(image.path, alt)}<p class="true">labelled <b>{escape(classes[label])}</b></p>'
+        f'<li class="card">{thumbnails.draw(image.path, alt)}<p class="true">labelled <b>{escape(classes[label])}</b></p>'
         f'<div>{"".join(bars)}</div><p class="path">{escape(image.path)}</p></li>'
     )
 
 
-def gallery(images: ScoredImages, classes: list[str]) -> str:
+def gallery(images: ScoredImages, classes: list[str], thumbnails: Thumbnails) -> str:
     """The most confident mistakes and the least confident hits."""
     right = sum(images.rights)
     wrong = len(images) - right
@@ -346,7 +347,7 @@ def gallery(images: ScoredImages, classes: list[str]) -> str:
     mistakes, hits = images.mistakes(), images.hits()[:HITS]
     for name, chosen, total in (("Most confident mistakes", mistakes, wrong), ("Least confident hits", hits, right)):
         count = f"{len(chosen)} of {total:,}" if chosen else "there are none"
-        cards = "".join(card(image, classes) for image in chosen)
+        cards = "".join(card(image, classes, thumbnails) for image in chosen)
         parts.append(f'<h3 class="shelf">{name}, {count}</h3><ul class="cards">{cards}</ul>')
     return "".join(parts)
 
@@ -454,8 +455,9 @@ def save_report(
         f"{headline(scores, calibration_bins(confidence, right)[-1])}{chosen_note(metadata, lists)}"
     )
     accuracy = rounded_percent(scores.accuracy, scores.accuracy_interval)
+    thumbnails = Thumbnails(metadata.get("grey_bits", GREY_BITS))
     sections = (
-        ("Mistakes", gallery(images, classes), ""),
+        ("Mistakes", gallery(images, classes, thumbnails), ""),
         ("Classes", recall_table(scores, classes), "whole"),
         ("Confusion matrix", confusion_matrix(scores, classes), "whole"),
         ("Confidence", confidence_section(scores, confidence, right), "whole"),

@@ -43,6 +43,11 @@ def printable(name: str | bytes | os.PathLike) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
+def quoted(path: str | bytes | os.PathLike) -> str:
+    """A path as it may be printed and pasted into a shell."""
+    return shlex.quote(printable(path))
+
+
 def os_reason(error: OSError) -> str:
     """What the operating system says went wrong, as part of a sentence."""
     return (error.strerror or str(error)).lower()
@@ -67,7 +72,7 @@ def nearest_path(path: Path) -> str:
         near = difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
     except OSError:
         near = []
-    return f"; did you mean {shlex.quote(printable(path.parent / near[0]))}?" if near else ""
+    return f"; did you mean {quoted(path.parent / near[0])}?" if near else ""
 
 
 def summarise(problems: Sequence[str], total: str, fix: str) -> list[str]:
@@ -92,10 +97,14 @@ def predict_command(test: Path, model: Path, root: Path, corrections: Sequence[P
     return shlex.join(command)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Whether a device, or the CPU, said that its memory is too small; not all of them have an exception for it."""
     words = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in words or "can't allocate memory" in words
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or "out of memory" in words
+        or "can't allocate memory" in words
+    )
 
 
 def warn(*texts: str) -> None:
@@ -123,9 +132,10 @@ def one_line_errors() -> Iterator[None]:
         who = f"rank {get_rank()} on {socket.gethostname()}: " if is_distributed() else ""
         print("".join(f"error: {who}{line}\n" for line in error.lines), end="", file=sys.stderr, flush=True)
         sys.exit(error.status)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
-            fix = "run with a smaller --batch-size, or --device cpu"
+            device = isinstance(error, torch.OutOfMemoryError)
+            fix = "run with a smaller --batch-size, or --device cpu" if device else "close programs, or lower --workers"
             print(f"error: out of memory; {fix}; what was saved is whole", file=sys.stderr)
             sys.exit(1)
         if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):  # which has no type of its own
@@ -170,7 +180,7 @@ class Progress:
         check_stop()
         self.done += count
         now, tenths = time.perf_counter(), 10 * self.done // max(1, self.total)
-        if get_rank():
+        if get_rank() or not self.done:  # of nothing done there is no speed
             return
         if sys.stderr.isatty():
             last = self.done == self.total

@@ -39,7 +39,7 @@ from transfer.device import Compute, pick_compute
 from transfer.inputs.images import GREY_BITS, ImageError, from_pil, read_image
 from transfer.inputs.lists import ImageList
 from transfer.inputs.pile import read_pile
-from transfer.inputs.sources import Source, correct_labels, join_sources, read_sources
+from transfer.inputs.sources import Source, correct_labels, join_sources, read_left_out, read_sources
 from transfer.inputs.stdin import PathRows, StdinPaths
 from transfer.labelling import propose
 from transfer.metrics import classification_report, likeliest
@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Everything that can be checked is, before the model is loaded.
     check_model(args.model, args.arch)
     sources = [] if from_stdin else read_sources(args.images, args.root, args.labelled)
-    pile = read_pile(sources, read_sources(args.leave_out, args.root, False)) if args.label_next else None
+    pile = read_pile(sources, read_left_out(args.leave_out, args.root)) if args.label_next else None
     lists = [pile] if pile else [source.image_list for source in sources]
     images = [path for image_list in lists for path in image_list.each_path()] if args.report else []
     reads = [*args.images, *args.leave_out, *args.corrections, args.model, history_path(args.model), *images]

@@ -113,11 +113,11 @@ def test_what_corrections_leave_without_images_is_named(photos, capsys):
     folder, tested = Path("photos"), Path("tested")
     write("".join(f"photos/red/{number}.png -\n" for number in (*range(3, 10), *(f"older/{n}" for n in range(3)))))
     assert len(load("fixes.txt", train_path=folder).train) == 20
-    assert "warning: photos: no image has label 2: its class can never be learned" in capsys.readouterr().err
+    assert "warning: photos: no image of class red, which can't be learned; add some" in capsys.readouterr().err
     for colour in ("red", "green"):
         save_photo(f"tested/{colour}/1.png", colour)
     both = {"train_path": folder, "test_path": tested}
-    why = "no image of photos has label 2; add some, or leave this image out"
+    why = "photos has no image of class red; add some, or leave this image out"
     assert problems_of("fixes.txt", **both) == (f"tested/red/1.png: {why}",)
     write("tested/red/1.png -\ntested/green/1.png -\n", "more.txt")
     assert problems_of("more.txt", **both) == ("tested: corrections leave out all of its images; keep some",)

@@ -123,6 +123,7 @@ def test_whichever_write_fails_the_last_whole_files_stay(job, monkeypatch, call,
     failed = []
     for number in itertools.count(1):
         old = {"best.pth": b"the old one", "best.csv": b"epoch,train_loss,of the old one"}
+        Path("best.previous.pth").unlink(missing_ok=True)  # which is no checkpoint of ours
         for name, content in old.items():
             Path(name).write_bytes(content)
         with monkeypatch.context() as patch:
@@ -217,6 +218,11 @@ def test_a_link_for_a_checkpoint_stays_one_and_what_it_names_is_replaced(job):
     assert job("--seed", 2)[0] == 0
     assert os.path.islink("best.pth") and Path("models/first.pth").read_bytes() != first
     assert Path("best.previous.pth").read_bytes() == first and os.listdir("models") == ["first.pth"]
+
+
+def test_an_audit_is_a_page_and_a_command_takes_paths_that_begin_with_a_dash(job):
+    assert job("--audit", "a.csv") == (2, "", "error: --audit a.csv: is a web page; name it a.html\n")
+    assert "predict.py test.txt --report report.html --model ./-o.pth\n" in job("--out=-o.pth")[1]
 
 
 FOREIGN = {

@@ -62,6 +62,11 @@ def test_a_command_line_with_augment_ends_in_one_line_that_says_that_it_is_gone(
         ),
         (parse_train_args, ["--audit"], "--audit needs a value: --audit FILE"),
         (
+            parse_train_args,
+            ["--train", "-p"],
+            "--train needs a value: --train PATH; a path that begins with - is written ./-...",
+        ),
+        (
             parse_predict_args,
             [],
             "name photos, folders or lists; examples: python predict.py photo.jpg; "

@@ -191,6 +191,14 @@ def test_a_folder_of_a_single_class_is_an_error_that_names_the_folder_below(tmp_
     assert (status, out, err) == (2, "", f"error: pics: a single class, {only}{why}\n")
 
 
+def test_the_folder_that_one_is_in_is_trained_on(photos, small, tiny, monkeypatch):
+    monkeypatch.chdir("photos")
+    assert "data      30 images of 3 classes" in go("--train", ".", "--epochs", 1, "--out", "../best.pth")
+    for out in (".", ""):
+        status, _, err = run_main(train.main, "--train", ".", "--weights", "none", "--out", out)
+        assert (status, err) == (2, "error: --out .: is a directory; name a file, such as best.pth\n")
+
+
 def test_after_corrections_the_single_class_is_the_one_that_is_left(photos):
     lines = [f"photos/{colour}/{n}.png -\n" for colour in ("blue", "green") for n in range(10)]
     Path("out.txt").write_text("".join(lines))

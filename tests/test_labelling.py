@@ -201,3 +201,20 @@ def test_the_page_is_saved_beside_the_rows(pile):
 )
 def test_flags_that_do_not_fit_are_named(flags, error):
     assert answer("pile", *flags, status=2)[1].startswith(f"error: {error}")
+
+
+def test_what_except_names_and_is_not_there_is_an_error(pile):
+    error = answer("pile", "--label-next", 2, "--except", "piles", status=2)[1]
+    assert error == "error: --except piles: no such file or directory; did you mean pile?\n"
+    error = answer("pile", "--label-next", 2, "--except", "pile/00.png", "--except", "done/*.png", status=2)[1]
+    assert error.startswith("error: --except done/*.png: no such file or directory; name photos, folders or lists")
+
+
+def test_as_csv_on_a_terminal_ranks_are_numbers(pile, monkeypatch):
+    class Stream(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("conftest.io.StringIO", Stream)
+    out, _ = answer("pile", "--label-next", 2, "--format", "csv", status=1)
+    assert [line.split(",")[2] for line in out.splitlines()] == ["rank", "", "1", "2"]

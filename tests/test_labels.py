@@ -13,8 +13,11 @@ from conftest import COLOURS, answer, go, run_main, save_photo, try_seeds
 import train
 from transfer.checkpoint import load_checkpoint
 from transfer.data import load_data
+from transfer.inputs.labels import kind_of_lines
 from transfer.inputs.lists import read_list
 from transfer.system.console import UserError
+
+NUMBERED_NAMES = {"blue": "Type 1", "green": "iPhone 15", "red": "rose red"}
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def test_a_list_of_names_is_scored_by_them_and_numbers_stay_the_recipes(model, q
         ("photos/red/9.png 0", "train.txt:1: label 'the_red' is not a whole number; number the classes 0, 1, 2, ..."),
         ("photos/red/9.png 1.5", "train.txt:16: label '1.5' is not a whole number; number the classes 0, 1, 2, ..."),
         ("photos/red/9.png", "train.txt:16: no label; separate path and label by white space"),
-        ("photos/red/8 9.png", "train.txt:16: no label; separate path and label by white space"),
+        ("photos/red/8 9.png", "train.txt:16: no label; separate path and label by white space, the path first"),
         ("photos/red/3.png the_blue", "train.txt:16: photos/red/3.png has label the_blue here and the_red on line 1"),
     ],
 )
@@ -114,3 +117,36 @@ def test_a_path_of_a_point_and_a_slash_alone_is_a_directory(named):
 def test_1000_mutated_lists_and_tables_are_read_or_user_errors(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try_seeds(fuzz.labels(), 1000)
+
+
+def test_names_with_spaces_behind_a_tab_may_end_in_numbers(photos, small, tiny):
+    rows = [f"photos/{colour}/{n}.png\t{name}\n" for colour, name in NUMBERED_NAMES.items() for n in range(3, 8)]
+    Path("tabs.txt").write_text("".join(rows))
+    go("--train", "tabs.txt", "--epochs", 1)
+    assert load_checkpoint(Path("best.pth"))[1]["classes"] == sorted(NUMBERED_NAMES.values())
+    out, _ = answer("tabs.txt", "--format", "csv")
+    assert {row["truth"] for row in csv.DictReader(out.splitlines())} == {*NUMBERED_NAMES.values()}
+    assert kind_of_lines(b"a b.png\t3\nc.png\t 12 \n# x.png\tno number\n", True) == "numbers"
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("path,species\nphotos/red/3.png,cat\n", "s.csv:1: no column is called label or class; write path,label"),
+        ("path,label\nphotos/red/3.png,\n", "s.csv:2: no label in this row; add it, or remove the row"),
+    ],
+)
+def test_a_table_without_labels_is_told_so(photos, content, error):
+    Path("s.csv").write_text(content)
+    assert f"error: {error}" in run_main(train.main, "--train", "s.csv", "--weights", "none")[2]
+    if "species" in content:
+        fixes = run_main(train.main, "--train", "photos", "--weights", "none", "--corrections", "s.csv")[2]
+        assert fixes.startswith(f"error: {error}")
+
+
+def test_a_class_that_only_the_test_images_have_is_the_one_problem(photos):
+    for colour in ("green", "red"):
+        save_photo(f"few/{colour}/1.png", colour)
+        save_photo(f"few/{colour}/2.png", colour, 9)
+    err = run_main(train.main, "--train", "few", "--test", "photos", "--weights", "none")[2]
+    assert err.splitlines()[0].startswith("error: photos: no class is called blue") and len(err.splitlines()) == 2

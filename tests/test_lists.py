@@ -62,7 +62,7 @@ def test_a_test_label_that_training_lacks_is_an_error(colours):
     with open("test.txt", "a") as file:
         file.write("red/train_0.png 7\n")
     status, _, err = run_main(train.main)
-    assert status == 2 and "error: test.txt:13: red/train_0.png: no image of train.txt has label 7; add some" in err
+    assert status == 2 and "error: test.txt:13: red/train_0.png: train.txt has no image with label 7; add some" in err
 
 
 def test_root_is_what_paths_are_relative_to(colours, small, tiny, tmp_path_factory, monkeypatch):
@@ -287,8 +287,8 @@ def test_gaps_and_classes_of_one_image_get_a_warning_that_names_them(job):
     status, _, err = job()
     assert status == 0
     assert err.splitlines() == [
-        "warning: train.txt: no image has label 3, 5, 6 and 4 more: its class can never be learned",
-        "warning: train.txt: only one image has label 4, 9, 12: its class is learned by heart",
+        "warning: train.txt: no image with label 3, 5, 6 and 4 more, which can't be learned; add some",
+        "warning: train.txt: only one image with label 4, 9, 12, too few to learn from; add some",
     ]
 
 

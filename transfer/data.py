@@ -168,8 +168,10 @@ def match_labels(test: ImageList, train: ImageList, folders: list[str]) -> list[
 
 def find_test_list(train_path: Path, train: ImageList, root: Path, *, quiet: bool) -> Path | None:
     """The test.txt beside a training list, where it is of the same classes by the names of their folders."""
+    if train_path.is_dir():
+        return None
     beside = train_path.with_name("test.txt")
-    if train_path.is_dir() or not beside.is_file() or beside.samefile(train_path):
+    if not beside.is_file() or beside.samefile(train_path):
         return None
     try:
         test, _ = read_list(beside, root)
@@ -270,7 +272,7 @@ def split_lists(data: Data, splits: Splits, out: Path) -> list[tuple[Path, bytes
 
 def split_paths(out: Path) -> list[Path]:
     """Where the lists of training and test images of a split go, beside a checkpoint."""
-    return [out.with_name(f"{out.stem}.{part}.txt") for part in ("train", "test")]
+    return [out.parent / f"{out.stem}.{part}.txt" for part in ("train", "test")]
 
 
 def list_text(image_list: ImageList, origin: str) -> bytes:

@@ -164,7 +164,7 @@ def find_image(entry: bytes, root: Path) -> bytes:
 def split_fields(file: Path) -> Iterator[tuple[str, list[bytes]]]:
     """Where each line of a text list or CSV stands, and its fields. Raises UserError."""
     name, content = printable(file), read_text(file)
-    lines = split_table(name, content) if file.suffix.lower() == ".csv" else split_lines(content, "names")
+    lines = split_table(name, content, True) if file.suffix.lower() == ".csv" else split_lines(content, "names")
     return ((f"{name}:{number}", fields) for number, fields in lines)
 
 

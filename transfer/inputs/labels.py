@@ -12,6 +12,10 @@ from transfer.system.console import UserError, printable
 MAX_CLASSES = 100_000  # beyond this a label is a slip of the pen, and its head would not fit
 NUMBERED = re.compile(rb"^[^\S\n]*[^#\s].*[^\S\n]\d+[^\S\n]*$", re.MULTILINE)  # a line that ends in a whole number
 SUFFIX_BYTES = tuple(map(str.encode, SUFFIXES))
+TABBED_NAME = re.compile(  # a line with a tab between an image's name and what is no whole number
+    rb"^[^\S\n]*[^#\s].*(?:" + b"|".join(map(re.escape, SUFFIX_BYTES)) + rb")[^\S\n]*\t[^\t\n]*[^\s\d][^\t\n]*$",
+    re.MULTILINE | re.IGNORECASE,
+)
 PATH_COLUMNS = ("path", "filename", "file", "filepath", "image", "image_path")
 LABEL_COLUMNS = ("label", "class", "category", "target")
 
@@ -43,11 +47,11 @@ def looks_numeric(label: str) -> bool:
 class Labels:
     """The labels of a list: of each image so far its class, from 0.
 
-    kind: 'numbers', 'names' or 'none', where a list holds paths alone.
+    kind: 'numbers', 'names' or 'none', where a list holds paths alone; of_table: whether it is a CSV.
     """
 
-    def __init__(self, kind: str):
-        self.kind, self.values, self.places = kind, [], {}
+    def __init__(self, kind: str, of_table: bool = False):
+        self.kind, self.of_table, self.values, self.places = kind, of_table, [], {}
 
     def problem(self, fields: Sequence[bytes]) -> str | None:
         """What keeps the last of a line's fields from being a label."""
@@ -55,8 +59,10 @@ class Labels:
         if self.kind == "none":
             return None
         if len(fields) == 1 or is_path_alone(fields):
-            comma = b"," in label or b";" in label
-            return f"no label; separate path and label by {'a space, not a comma' if comma else 'white space'}"
+            if self.of_table:
+                return "no label in this row; add it, or remove the row"
+            comma, first = b"," in label or b";" in label, ", the path first" if len(fields) > 1 else ""
+            return f"no label; separate path and label by {'a space, not a comma' if comma else f'white space{first}'}"
         if self.kind == "names" and not looks_numeric(label.decode()):
             full = len(self.places) >= MAX_CLASSES and same_name(label.decode()) not in self.places
             return (
@@ -99,7 +105,9 @@ def split_lines(content: bytes, kind: str) -> Iterator[tuple[int, list[bytes]]]:
 
 
 def kind_of_lines(content: bytes, need_labels: bool) -> str:
-    """What labels the lines of a list have: numbers where any has one."""
+    """What labels the lines of a list have: numbers where any has one, but names where one stands behind a tab."""
+    if b"\t" in content and TABBED_NAME.search(content):
+        return "names"
     if NUMBERED.search(content):
         return "numbers"
     alone = [is_path_alone(fields) for _, fields in split_lines(content, "")]
@@ -112,7 +120,7 @@ def kind_of_lines(content: bytes, need_labels: bool) -> str:
 # Tables: a header, and a row per image
 
 
-def split_table(name: str, content: bytes) -> Iterator[tuple[int, list[bytes]]]:
+def split_table(name: str, content: bytes, need_labels: bool = False) -> Iterator[tuple[int, list[bytes]]]:
     """The line number of each row of a CSV, with its path and its label if it has one. Raises UserError."""
     delimiter = ";" if b";" in content.split(b"\n", 1)[0] else ","
     rows = csv.reader(io.StringIO(content.decode(), newline=""), delimiter=delimiter)
@@ -123,6 +131,8 @@ def split_table(name: str, content: bytes) -> Iterator[tuple[int, list[bytes]]]:
         ]
         if columns[0] is None:
             raise UserError(f"{name}:1: no column is called path or filename; write path,label in the first line")
+        if need_labels and columns[1] is None:
+            raise UserError(f"{name}:1: no column is called label or class; write path,label in the first line")
         for row in rows:
             fields = [row[column].strip().encode() for column in columns if column is not None and column < len(row)]
             if fields and fields[0]:
@@ -133,7 +143,7 @@ def split_table(name: str, content: bytes) -> Iterator[tuple[int, list[bytes]]]:
 
 def kind_of_table(name: str, content: bytes, need_labels: bool) -> str:
     """What labels the rows of a CSV have: numbers where any has one."""
-    labels = {fields[1] for _, fields in split_table(name, content) if len(fields) == 2}
+    labels = {fields[1] for _, fields in split_table(name, content, need_labels) if len(fields) == 2}
     if any(label.isdigit() for label in labels) or not labels and need_labels:
         return "numbers"
     return "names" if labels else "none"

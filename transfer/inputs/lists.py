@@ -184,7 +184,7 @@ def read_list(list_path: Path, root: Path, check_files: bool = True) -> tuple[Im
     name, prefix = printable(list_path), b"" if root == Path() else os.path.join(os.fsencode(root), b"")
     content, is_csv = read_text(list_path), list_path.suffix.lower() == ".csv"
     kind = kind_of_table(name, content, check_files) if is_csv else kind_of_lines(content, check_files)
-    labels, paths, lines, problems = Labels(kind), [], [], []
+    labels, paths, lines, problems = Labels(kind, is_csv), [], [], []
     seen, repeats = {}, 0  # seen: each path's place in the list
     for number, fields in split_table(name, content) if is_csv else split_lines(content, kind):
         if problem := labels.problem(fields):
@@ -243,8 +243,11 @@ def check_lists(train: ImageList, held_out: Sequence[ImageList], problems: Seque
     problems = [*problems]
     known = torch.bincount(train.labels, minlength=len(train.classes)) if len(train) else torch.zeros(1)
     for test in held_out if len(train) else ():
+        if not {*test.classes} <= {*train.classes}:  # which is among the problems: labels are not the same classes'
+            continue
         for index in (~torch.isin(test.labels, known.nonzero())).nonzero().flatten().tolist():
-            why = f"no image of {train.name} has label {test.labels[index]}; add some, or leave this image out"
+            missing = of_classes(train, [int(test.labels[index])])
+            why = f"{train.name} has no image {missing}; add some, or leave this image out"
             problems.append(f"{test.where(index)}: {why}")
     if problems:
         raise ListsError(problems)
@@ -253,9 +256,16 @@ def check_lists(train: ImageList, held_out: Sequence[ImageList], problems: Seque
         none = f"no image has label {first_three(gaps)}"
         warn(f"{train.name}: labels start at {len(gaps)}, not at 0: {none}")
     elif gaps:
-        warn(f"{train.name}: no image has label {first_three(gaps)}: its class can never be learned")
+        warn(f"{train.name}: no image {of_classes(train, gaps)}, which can't be learned; add some")
     if single := torch.nonzero(known == 1).flatten().tolist():
-        warn(f"{train.name}: only one image has label {first_three(single)}: its class is learned by heart")
+        warn(f"{train.name}: only one image {of_classes(train, single)}, too few to learn from; add some")
+
+
+def of_classes(image_list: ImageList, labels: Sequence[int]) -> str:
+    """What its images are called that have these labels: of a class by its name, where it has one."""
+    if not image_list.classes:
+        return f"with label {first_three(labels)}"
+    return f"of class {first_three([printable(image_list.classes[label]) for label in labels])}"
 
 
 def most_unreadable(train: ImageList) -> int:

@@ -84,6 +84,15 @@ def check_arguments(arguments: Sequence[str]) -> None:
             warn(f"{printable(argument)}: no such file{hint}")
 
 
+def read_left_out(arguments: Sequence[str], root: Path) -> list[Source]:
+    """The images that --except names, as `read_sources` has them. Raises UserError also for what is not there."""
+    for argument in arguments:
+        if not os.path.lexists(argument) and expand_pattern(argument) == [argument]:
+            fix = nearest_path(Path(argument)) or "; name photos, folders or lists"
+            raise UserError(f"--except {printable(argument)}: no such file or directory{fix}")
+    return read_sources(arguments, root, False)
+
+
 def read_sources(arguments: Sequence[str], root: Path, labelled: bool) -> list[Source]:
     """The images that files, folders and lists name. labelled: folders hold class folders. Raises UserError."""
     sources, problems = [], []

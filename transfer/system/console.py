@@ -87,13 +87,18 @@ def script_command(name: str) -> list[str]:
     return ["python", str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)]
 
 
+def as_argument(path: Path) -> str:
+    """A path as a command takes it: one that begins with a dash is no flag."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
 def predict_command(test: Path, model: Path, root: Path, corrections: Sequence[Path]) -> str:
     """The command that shows what a model gets wrong, to be pasted into a shell in this folder."""
     command = script_command("predict.py")
-    command += [str(test), *(["--labelled"] if test.is_dir() else []), "--report", "report.html"]
-    command += ["--model", str(model)] if model != Path("best.pth") else []
-    command += ["--root", str(root)] if root != Path() else []
-    command += [word for path in corrections for word in ("--corrections", str(path))]
+    command += [as_argument(test), *(["--labelled"] if test.is_dir() else []), "--report", "report.html"]
+    command += ["--model", as_argument(model)] if model != Path("best.pth") else []
+    command += ["--root", as_argument(root)] if root != Path() else []
+    command += [word for path in corrections for word in ("--corrections", as_argument(path))]
     return shlex.join(command)
 
 

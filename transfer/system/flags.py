@@ -41,7 +41,9 @@ class Parser(argparse.ArgumentParser):
             message = f"name photos, folders or lists; {self.epilog}"
         elif match := re.fullmatch("argument (--.*): expected one argument", message):
             flag = match[1]
-            message = f"{flag} needs a value: {flag} {self._option_string_actions[flag].metavar}"
+            value = self._option_string_actions[flag].metavar
+            dash = "; a path that begins with - is written ./-..." if value == "PATH" else ""
+            message = f"{flag} needs a value: {flag} {value}{dash}"
         self.exit(2, f"error: {message}\n")
 
     def parse(self, argv: Sequence[str] | None, path_flag: str | None = None) -> argparse.Namespace:

@@ -86,11 +86,6 @@ def check_outputs(outputs: Sequence[Output], inputs: Iterable[str | bytes | os.P
     there, written, named = {}, set(), {}
     for output in outputs:
         where = f"{output.flag} {printable(output.path)}"
-        given = named.setdefault(output.flag, output.path)  # its first output is the one that the user named
-        if output.path.resolve() in written:
-            both = f"{output.flag} {printable(given)}: {printable(output.path)}"
-            raise UserError(f"{both} is written by this run already; name another file")
-        written.add(output.path.resolve())
         if output.path.exists():
             if not output.path.is_file():
                 what = "is a directory; name a file" if output.path.is_dir() else "not a regular file; name another"
@@ -104,14 +99,19 @@ def check_outputs(outputs: Sequence[Output], inputs: Iterable[str | bytes | os.P
                 raise UserError(f"{where}: is read by this run; name another file to write")
     for output in outputs:
         where = f"{output.flag} {printable(output.path)}"
+        if output.kind == "a page of ours" and output.path.suffix.lower() not in PAGE_ENDINGS:
+            raise UserError(f"{where}: is a web page; name it {printable(output.path.with_suffix('.html'))}")
+        given = named.setdefault(output.flag, output.path)  # its first output is the one that the user named
+        if output.path.resolve() in written:
+            both = f"{output.flag} {printable(given)}: {printable(output.path)}"
+            raise UserError(f"{both} is written by this run already; name another file")
+        written.add(output.path.resolve())
         try:
             foreign = output.is_foreign()
         except OSError as error:
             raise UserError(f"{where}: {os_reason(error)}; name another file") from None
         if foreign:
             raise UserError(f"{where}: is there already, and is not {output.kind}; move it, or name another file")
-        if output.kind == "a page of ours" and output.path.suffix.lower() not in PAGE_ENDINGS:
-            raise UserError(f"{where}: is a web page; name it {printable(output.path.with_suffix('.html'))}")
 
 
 def prepare_outputs(

@@ -131,7 +131,7 @@ def test_where_nothing_was_found_the_page_says_so(tmp_path):
 def test_where_heads_were_trained_on_a_part_or_no_curve_was_drawn_the_page_says_so(tmp_path, monkeypatch):
     audit, names = case(tmp_path)
     page, *_ = written(tmp_path, replace(audit, trained_on=5), names)
-    assert page.count("were trained on 5 of the training photos") == 1
+    assert page.count("were trained on 5 of the 12 photos") == 1
     page, *_ = written(tmp_path, replace(audit, curve=None), names)
     assert "trained on" not in page and "Too few photos to tell" in page
     monkeypatch.setattr("transfer.pages.audit_page.MOST_WORK", 3)

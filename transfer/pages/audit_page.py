@@ -110,8 +110,9 @@ def label_words(parts: Sequence[tuple[AuditSplit, LabelQuality]]) -> str:
 def judged_words(audit: Audit) -> str:
     """What was made of the labels of both lists."""
     parts = list(zip((audit.train, audit.test), audit.qualities, strict=True))
-    few = f"<p>The models that judge labels were trained on {audit.trained_on:,} of the training photos.</p>"
-    few = few if audit.trained_on < len(audit.train.rows) else ""
+    photos = len(audit.train.rows) + (len(audit.test.rows) if audit.judged_together else 0)
+    few = f"<p>The models that judge labels were trained on {audit.trained_on:,} of the {photos:,} photos.</p>"
+    few = few if audit.trained_on < photos else ""
     return "".join(map(label_words, [parts] if audit.judged_together else [[part] for part in parts])) + few
 
 

@@ -174,7 +174,7 @@ def find_test_list(train_path: Path, train: ImageList, root: Path, *, quiet: boo
     if not beside.is_file() or beside.samefile(train_path):
         return None
     try:
-        test, _ = read_list(beside, root)
+        test, _ = read_list(beside, root, check_files=False)
     except UserError:  # no list at all
         test = None
     if test and share_folders(train, test):

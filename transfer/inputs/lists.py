@@ -24,6 +24,7 @@ from transfer.system.console import (
     quoted,
     summarise,
     warn,
+    warn_once,
 )
 
 LIST_SUFFIXES = (".txt", ".csv")
@@ -208,7 +209,7 @@ def read_list(list_path: Path, root: Path, check_files: bool = True) -> tuple[Im
     if not paths and not problems:
         problems.append(f"{name}:1: the list is empty; each line is: path, white space, label")
     if repeats:
-        warn(f"{name}: {plural(repeats, 'repeated line')} dropped")
+        warn_once(f"{name}: {plural(repeats, 'repeated line')} dropped")
     return ImageList(name, paths, labels.values, lines).labelled_by(labels), problems
 
 

@@ -119,6 +119,7 @@ def warn(*texts: str) -> None:
 
 @functools.cache
 def warn_once(text: str) -> None:
+    """What is found again and again in one run."""
     warn(text)
 
 
@@ -129,6 +130,7 @@ def one_line_errors() -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name never crashes an ASCII terminal
     Saves.any = False
+    warn_once.cache_clear()
     try:
         with stop_on_signals():
             yield

@@ -12,10 +12,6 @@ from transfer.system.console import UserError, printable
 MAX_CLASSES = 100_000  # beyond this a label is a slip of the pen, and its head would not fit
 NUMBERED = re.compile(rb"^[^\S\n]*[^#\s].*[^\S\n]\d+[^\S\n]*$", re.MULTILINE)  # a line that ends in a whole number
 SUFFIX_BYTES = tuple(map(str.encode, SUFFIXES))
-TABBED_NAME = re.compile(  # a line with a tab between an image's name and what is no whole number
-    rb"^[^\S\n]*[^#\s].*(?:" + b"|".join(map(re.escape, SUFFIX_BYTES)) + rb")[^\S\n]*\t[^\t\n]*[^\s\d][^\t\n]*$",
-    re.MULTILINE | re.IGNORECASE,
-)
 PATH_COLUMNS = ("path", "filename", "file", "filepath", "image", "image_path")
 LABEL_COLUMNS = ("label", "class", "category", "target")
 
@@ -88,26 +84,34 @@ class Labels:
 # Lines: path, white space, label
 
 
+def split_at_tab(line: bytes) -> list[bytes] | None:
+    """An image's name and what stands behind a tab after it, as a spreadsheet copies two cells; None without those."""
+    path, _, name = line.rpartition(b"\t")
+    return [path, name.strip()] if path.strip().lower().endswith(SUFFIX_BYTES) and name.strip() else None
+
+
 def split_lines(content: bytes, kind: str) -> Iterator[tuple[int, list[bytes]]]:
     """The number of each line that is no comment, with its path and its label if it has one.
 
-    kind: 'names' where a tab may come before a name with spaces, as a spreadsheet copies it; 'none' without labels.
+    kind: 'names' where a tab may come before a name with spaces; 'none' without labels.
     """
     for number, line in enumerate(content.split(b"\n"), 1):
-        path, _, name = line.rpartition(b"\t")
-        if kind == "names" and path.strip().lower().endswith(SUFFIX_BYTES) and name.strip():
-            fields = [path, name.strip()]
-        else:
-            fields = [line.strip()] if kind == "none" else line.rsplit(None, 1)
+        fields = split_at_tab(line) if kind == "names" else None
+        fields = fields or ([line.strip()] if kind == "none" else line.rsplit(None, 1))
         entry = fields[0].strip() if fields else b"#"
         if entry and entry[:1] != b"#":
             yield number, [entry, *fields[1:]]
 
 
 def kind_of_lines(content: bytes, need_labels: bool) -> str:
-    """What labels the lines of a list have: numbers where any has one, but names where one stands behind a tab."""
-    if b"\t" in content and TABBED_NAME.search(content):
-        return "names"
+    """What labels the lines of a list have: numbers where any has one; but names that end in numbers are names, where
+    all lines have a tab before them.
+    """
+    if b"\t" in content:
+        lines = [line for line in content.split(b"\n") if line.strip() and line.strip()[:1] != b"#"]
+        cells = [split_at_tab(line) for line in lines]
+        if all(cells) and not all(looks_numeric(name.decode()) for _, name in cells):
+            return "names"
     if NUMBERED.search(content):
         return "numbers"
     alone = [is_path_alone(fields) for _, fields in split_lines(content, "")]

@@ -62,8 +62,9 @@ def test_a_mixture_of_names_and_numbers_is_an_error(named, line, why):
 
 
 def test_numbers_beside_names_in_the_other_list_are_an_error(named):
-    Path("test.txt").write_text("photos/red/8.png 0\n")
-    with pytest.raises(UserError, match="test.txt:1: labels are numbers here, and names in train.txt; use names in bo"):
+    Path("test.txt").write_text("photos/red/8.png 0\nphotos/red/9.png 7\n")
+    words = r"^test.txt:1: labels are numbers here, and names in train.txt; use names in both\n1 problem found"
+    with pytest.raises(UserError, match=words):
         load_data(None, None, Path(), None, val_split=None, out=Path("o.pth"))
 
 

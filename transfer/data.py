@@ -152,7 +152,9 @@ def read_held_out(
     held_out, problems = [], []
     for path in paths:
         image_list, found = read_source(path, root)
-        problems += found + (match_labels(image_list, train, folders) if len(train) else [])
+        unmatched = match_labels(image_list, train, folders) if len(train) else []
+        image_list.labelled = not unmatched  # else its labels are not those of the training images
+        problems += found + unmatched
         held_out.append(image_list)
     return held_out, problems
 

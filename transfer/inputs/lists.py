@@ -37,7 +37,7 @@ class ImageList:
     text: all paths as bytes, joined by newlines; ends: (n,) where each ends in it;
     labels: (n,) from 0; lines: (n,) line numbers in the list file `name`, 0 of what is in none;
     classes: the names of labels, where these come from names; is_folder: of class folders, which has no lines;
-    labelled: False where a list holds paths alone.
+    labelled: False where a list holds paths alone, or labels that are none of the training images'.
     """
 
     def __init__(self, name: str, paths: Sequence[bytes], labels: Sequence[int], lines: Sequence[int]):
@@ -243,9 +243,7 @@ def check_lists(train: ImageList, held_out: Sequence[ImageList], problems: Seque
     """Raises UserError with the first of the problems that reading found, and of those of all lists together."""
     problems = [*problems]
     known = torch.bincount(train.labels, minlength=len(train.classes)) if len(train) else torch.zeros(1)
-    for test in held_out if len(train) else ():
-        if not {*test.classes} <= {*train.classes}:  # which is among the problems: labels are not the same classes'
-            continue
+    for test in (each for each in held_out if len(train) and each.labelled):
         for index in (~torch.isin(test.labels, known.nonzero())).nonzero().flatten().tolist():
             missing = of_classes(train, [int(test.labels[index])])
             why = f"{train.name} has no image {missing}; add some, or leave this image out"
@@ -264,7 +262,7 @@ def check_lists(train: ImageList, held_out: Sequence[ImageList], problems: Seque
 
 def of_classes(image_list: ImageList, labels: Sequence[int]) -> str:
     """What its images are called that have these labels: of a class by its name, where it has one."""
-    if not image_list.classes:
+    if max(labels) >= len(image_list.classes):  # numbers, which are the labels of a list of numbers alone
         return f"with label {first_three(labels)}"
     return f"of class {first_three([printable(image_list.classes[label]) for label in labels])}"
 

@@ -264,7 +264,7 @@ def test_with_a_cache_an_audit_makes_no_pass(few, small, tiny, decoded):
     ("path", "error"),
     [
         ("missing/look.html", "missing/look.html: can't write in missing ({}); name a file in another folder"),
-        ("look.csv", "look.csv: look.csv is written by this run already; name another file"),
+        ("look.csv", "look.csv: is a web page; name it look.html"),
         ("red", "red: is a directory; name a file"),
         ("train.txt", "train.txt: is read by this run; name another file to write"),
     ],

@@ -51,7 +51,6 @@ SEEDS = range(3)
 SPLITS = range(10)  # of --val-split, whose own images are few, so that a single split says little
 HPARAMS = Hyperparameters.from_flags(vars(parse_train_args([])))
 SETS = ("sample", "swapped", "flowers", "textures")
-PARTS = ("train", "test")
 
 
 class Source(NamedTuple):
@@ -61,13 +60,19 @@ class Source(NamedTuple):
     backbone: str  # real or bundled
     name: str
 
+    @property
+    def root(self) -> Path:
+        """Where its lists lie, and their paths begin."""
+        return ROOT if self.name == "sample" else self.folder
+
+    def list_path(self, part: str) -> Path:
+        return self.root / (f"{part}.txt" if self.name == "sample" else f"{self.name}_{part}.txt")
+
     def load(self, part: str, size: int = HPARAMS.size, views: int = HPARAMS.views) -> Split:
         """Features of its train or test list: those kept of as many views or more, else made and kept."""
-        name = self.name
-        if name == "swapped":
-            name, part = "sample", {"train": "test", "test": "train"}[part]
-        root = ROOT if name == "sample" else self.folder
-        path = root / (f"{part}.txt" if name == "sample" else f"{name}_{part}.txt")
+        if self.name == "swapped":
+            return self._replace(name="sample").load({"train": "test", "test": "train"}[part], size, views)
+        root, path, name = self.root, self.list_path(part), self.name
         kept = [self.folder / "features" / f"{self.backbone}_{name}_{part}_{size}_{v}.npz" for v in (views, 4)]
         found = next((each for each in kept if each.exists()), kept[0])
         if not found.exists():
@@ -209,8 +214,7 @@ def compare_val_split(source: Source) -> tuple:
 
 def compare_finetuning(source: Source, size: int) -> tuple:
     """Test accuracy of the head and of ten epochs of fine-tuning on top, best / last; calibration error of the best."""
-    root = ROOT if source.name == "sample" else source.folder
-    lists = [root / (f"{part}.txt" if source.name == "sample" else f"{source.name}_{part}.txt") for part in PARTS]
+    root, lists = source.root, [source.list_path(part) for part in ("train", "test")]
     head, tuned, errors = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         out, page = Path(folder) / "o.pth", Path(folder) / "o.html"

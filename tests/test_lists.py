@@ -296,11 +296,11 @@ def test_duplicate_lines_are_dropped_with_a_count(job):
     add_line("train.txt", "red/train_0.png 0\n./red/train_1.png 0\n")
     status, out, err = job()
     assert (status, err) == (0, "warning: train.txt: 2 repeated lines dropped\n")
+    assert "12 training and 12 test images" in out
     add_line("test.txt", "./red/test_0.png 0\n")
     os.rename("train.txt", "mine.txt")
     for _ in range(2):  # once in each run, which looks at test.txt twice
         assert job("--train", "mine.txt")[2].count("warning: test.txt: 1 repeated line dropped\n") == 1
-    assert "12 training and 12 test images" in out
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from transfer.architectures import STEMS, arch_title, head_prefix, infer_arch, plain_names, skeleton
+from transfer.architectures import STEMS, arch_title, head_prefix, infer_arch, is_tensor, plain_names, skeleton
 from transfer.inputs.labels import MAX_CLASSES
 from transfer.system.console import UserError, first_three, printable
 from transfer.system.files import load_untrusted
@@ -74,9 +74,9 @@ def find_networks(found: dict) -> list[tuple[str, dict]]:
 
 def is_plain(value: object) -> bool:
     """Whether a value from an untrusted file is a tensor whose methods can be called and numbers read."""
-    if type(value) not in (Tensor, nn.Parameter) or vars(value):  # attributes may stand before methods
+    if not is_tensor(value) or vars(value):  # attributes may stand before methods
         return False
-    return value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_nested)
+    return value.layout == torch.strided and not (value.is_meta or value.is_quantized)
 
 
 def validate_state_dict(

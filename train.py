@@ -324,15 +324,17 @@ def retrain_head(head: nn.Linear, trainval: Split, hparams: Hyperparameters, lrs
     print(f"head      trained again on all {count:,} training images, {plural(len(lrs), 'epoch')}")
 
 
-def calibrate_best(
+def finish_head(
     model: nn.Module, val_logits: tuple[Tensor, Tensor], splits: Splits, hparams: Hyperparameters, *, history: History
-) -> float:
-    """Divide the head by the temperature that fits the best epoch, and return that."""
-    logits = None
-    # A validation split's images are few to fit a number on, and the head has now been trained on them.
+) -> dict:
+    """Train the best epoch's head again where images were held back, and calibrate it: metadata of both."""
+    head, trained_on = head_of(model), splits.train
     if hparams.val_split and history.best_epoch <= hparams.epochs:
-        logits = cross_val_logits(splits.trainval.features, history.lrs(hparams.epochs), hparams)
-    return calibrate(head_of(model), *(logits or val_logits))
+        trained_on, lrs = splits.trainval, history.lrs(hparams.epochs)
+        retrain_head(head, trained_on, hparams, lrs)
+        # The images held back are few to fit a number on, and the head has now been trained on them.
+        val_logits = cross_val_logits(trained_on.features, lrs, hparams) or val_logits
+    return {"temperature": calibrate(head, *val_logits), "train_images": len(trained_on.features.rows)}
 
 
 def final_test_loader(model: nn.Module, finetuned: Training | None, test: Split, compute: Compute) -> FeatureLoader:
@@ -380,10 +382,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpointer.restore()
     val_logits = best_val_logits(model, finetuned, splits.val)
     if is_main_process():
-        if args.val_split and not finetuned:
-            retrain_head(head_of(model), splits.trainval, hparams, history.lrs(args.epochs))
-        temperature = calibrate_best(model, val_logits, splits, hparams, history=history)
-        checkpointer.save(history.best_epoch, history.best, temperature)
+        about_head = finish_head(model, val_logits, splits, hparams, history=history)
+        checkpointer.save(history.best_epoch, history.best, about_head)
         print_result(history, data, pretrained, start_time)
         scored_once = splits.val is not splits.test
         test_loader = final_test_loader(model, finetuned, splits.test, compute) if scored_once or args.audit else None

@@ -39,6 +39,15 @@ def test_the_header_and_the_last_lines_name_the_list_that_chose_the_epoch(colour
     assert metadata["train_images"] == 12  # the head is trained again on those that chose the epoch
 
 
+@pytest.mark.usefixtures("small", "tiny")
+@pytest.mark.parametrize(("better", "images"), [(False, 12), (True, 9)])
+def test_a_checkpoint_counts_the_images_that_its_own_head_was_trained_on(colours, monkeypatch, better, images):
+    monkeypatch.setattr(History, "is_best", lambda history, _: len(history.rows) == 1 + 2 * better)  # of two and one
+    out = go("--epochs", 2, "--val-split", 0.25, "--finetune-epochs", 1)
+    assert ("trained again on all 12" in out) != better
+    assert load_checkpoint(Path("best.pth"))[1]["train_images"] == images
+
+
 def test_of_many_classes_the_header_names_the_first_the_smallest_and_the_largest():
     counts = [3, 3, 2, 9, 1, 4, 4]
     labels = torch.arange(7).repeat_interleave(torch.tensor(counts))

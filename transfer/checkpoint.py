@@ -168,15 +168,15 @@ class Checkpointer:
         self.metadata = metadata | {"run": run_id()}
         self.saved = False
 
-    def save(self, epoch: int, metrics: Metrics, temperature: float | None = None) -> None:
-        """Rank 0 alone writes. Raises UserError (status 1) where the disk is full or fails."""
+    def save(self, epoch: int, metrics: Metrics, about_head: dict | None = None) -> None:
+        """Rank 0 alone writes; about_head: metadata that only the end of a run knows. Raises UserError (status 1) where
+        the disk is full or fails.
+        """
         if not is_main_process():
             return
         about_epoch = {"epoch": epoch, "accuracy": metrics.accuracy, "recall": metrics.macro_recall}
         about_epoch["seconds"] = round(time.perf_counter() - self.start_time, 3)
-        if temperature is not None:
-            about_epoch["temperature"] = temperature
-        content = serialize(self.model, self.metadata | about_epoch)
+        content = serialize(self.model, self.metadata | about_epoch | (about_head or {}))
         if self.saved:
             save_atomically(self.path, content)
         else:

@@ -80,7 +80,7 @@ def run_metadata(flags: dict, data: Data, pretrained: Pretrained, splits: Splits
         "device": compute.device.type,
         "precision": compute.precision,
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "train_images": len((splits.train if flags["finetune_epochs"] else splits.trainval).features.rows),
+        "train_images": len(splits.train.features.rows),
         "test_images": len(splits.test.dataset),
     }
     return renamed | unusual | metadata

@@ -148,12 +148,14 @@ def sample_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sample_run(sample_folder):
-    """The main job on the sample photos: the finished process and the checkpoint; its features lie in `kept` beside.
+    """The main job on the sample photos, with half its views: the finished process and the checkpoint; its features lie
+    in `kept` beside.
 
-    It takes 15 to 100 s, once for all tests that are about real photos.
+    It takes 10 to 60 s, once for all tests that are about real photos.
     """
     out = sample_folder / "best.pth"
-    return run_once(sample_folder, "train.py", "--epochs", 20, "--out", out, "--cache", out.parent / "kept"), out
+    options = "--epochs", 20, "--views", 4, "--out", out, "--cache", out.parent / "kept"
+    return run_once(sample_folder, "train.py", *options), out
 
 
 @pytest.fixture(scope="session")

@@ -358,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = load_data(*paths, val_split=args.val_split, out=args.out, corrections=args.corrections)
     size, reads = checkpoint_bytes(args.arch, len(data.classes)), data.inputs(args.weights)
     prepare_outputs(args.out, size, reads, cache=args.cache, audit=args.audit, lists=data.split_paths, roots=data.files)
-    init_distributed()
+    init_distributed(compute.device)
     pretrained = load_pretrained(args.weights, args.arch)
     history = History(args.out, "val" if args.val_split or data.val else "test", args.balance)
     print_header(compute, pretrained, data, history, lr=args.lr)

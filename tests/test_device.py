@@ -7,7 +7,7 @@ from torch import nn
 from torch.cuda._utils import _get_device_index
 
 import train
-from transfer.device import Compute, free_memory, pick_device, pick_precision
+from transfer.device import Compute, free_memory, pick_compute, pick_device, pick_precision
 from transfer.finetune import Network
 from transfer.system.console import UserError
 
@@ -97,6 +97,15 @@ def test_bfloat16_on_an_old_macos_is_refused_before_it_aborts(monkeypatch):
         pick_precision("bfloat16", torch.device("mps"))
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: version <= (14, 0))
     assert pick_precision("bfloat16", torch.device("mps")) == torch.bfloat16
+
+
+def test_on_mps_ranks_pass_but_do_not_fine_tune(monkeypatch, rank):
+    monkeypatch.setattr("transfer.device.pick_device", lambda _: torch.device("mps"))
+    assert pick_compute("mps", "float32", 0, training=True).device.type == "mps"
+    rank(0, 2)
+    assert pick_compute("mps", "float32", 0).device.type == "mps"
+    with pytest.raises(UserError, match="--finetune-epochs: .* on MPS; run one process, or --device cpu"):
+        pick_compute("mps", "float32", 0, training=True)
 
 
 @pytest.mark.parametrize(("name", "layout"), [("mps", torch.contiguous_format), ("cpu", torch.channels_last)])

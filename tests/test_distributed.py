@@ -18,24 +18,41 @@ from processes import run_forked, torchrun
 import predict
 import train
 from transfer.checkpoint import load_checkpoint
-from transfer.distributed import rank_slice
+from transfer.distributed import init_distributed, rank_slice
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
 
-@given(st.integers(0, 50), st.integers(1, 9), st.integers(1, 7))
-def test_ranks_share_all_rows_in_order_in_equal_slices_of_whole_chunks(count, world, step):
+@given(st.integers(0, 50), st.integers(1, 9))
+def test_ranks_share_all_rows_in_order_in_equal_slices(count, world):
     def share(rank):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("transfer.distributed.get_world_size", lambda: world)
             patch.setattr("transfer.distributed.get_rank", lambda: rank)
             patch.setattr(torch.distributed, "is_initialized", lambda: True)
-            return rank_slice(count, step=step)
+            return rank_slice(count)
 
     shares = [share(rank) for rank in range(world)]
     assert [row for each in shares for row in each] == list(range(count))
-    assert all(len(each) <= -(-(-(-count // step)) // world) * step for each in shares)
-    assert all(each.start % step == 0 for each in shares if each)
+    assert max(map(len, shares)) == -(-count // world)
+
+
+@pytest.mark.parametrize(
+    ("device", "nccl", "backend"),
+    [
+        ("cpu", True, {"cpu": "gloo", "cuda": "gloo"}),
+        ("cuda:1", True, {"cpu": "gloo", "cuda": "nccl"}),
+        ("cuda:1", False, {"cpu": "gloo", "cuda": "gloo"}),  # Windows
+    ],
+)
+def test_ranks_have_a_backend_for_the_cpu_whatever_the_device(monkeypatch, device, nccl, backend):
+    met = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: met.append(backend))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    init_distributed(torch.device(device))
+    assert torch.distributed.distributed_c10d.BackendConfig(met[0]).device_backend_map == backend
 
 
 def feature_rows(folder):
@@ -47,9 +64,11 @@ def feature_rows(folder):
 GLOO = r"(?m)^(\[Gloo\].*|.*is connected to \d+ peer ranks.*|\d+ is connected.*)\n"
 
 
-# Chunks of 2 images. At its fifth, in the third chunk, rank 1 dies, but not when it is started again.
+# On a machine with an accelerator, in chunks of 2 images. At its fifth, in the third chunk, rank 1 dies, but not when it
+# is started again.
 DIE = """
 import os, sys, train
+train.torch.accelerator.current_accelerator = lambda check_available=False: train.torch.device("mps")
 from transfer import backbone, extraction
 read, decoded = train.read_image, []
 extraction.CHUNK_ROWS, backbone.PASS_BATCH["cpu"] = 2, 4
@@ -143,9 +162,10 @@ def test_two_ranks_fine_tune_one_model_and_the_death_of_one_ends_the_run_with_be
     assert not list(Path().glob(".*.tmp"))
 
 
-# A fine-tuned epoch is the best, on rank 0; what the temperature is fitted on is noted.
+# A fine-tuned epoch is the best, on rank 0 of a machine with an accelerator; what the temperature is fitted on is noted.
 FIT = """
 import os, sys, train
+train.torch.accelerator.current_accelerator = lambda check_available=False: train.torch.device("mps")
 calibrate, accuracies = train.calibrate, iter([0.25, 0.75, 0.5])
 def spy(head, logits, labels):
     train.torch.save({"logits": logits, "labels": labels}, "fitted" + os.environ["RANK"] + ".pt")

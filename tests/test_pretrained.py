@@ -198,10 +198,10 @@ def test_where_the_bundled_weights_lie_on_another_drive_their_whole_path_is_show
 
 
 FIND = """
-import sys
+import sys, torch
 from transfer import pretrained
 from transfer.distributed import init_distributed
-init_distributed()
+init_distributed(torch.device("cpu"))
 for url in sys.argv[1:]:
     pretrained.imagenet_url = lambda arch: url
     print(pretrained.load_pretrained(None, "resnet18")[1:], flush=True, file=sys.stderr)

@@ -10,7 +10,7 @@ import torch
 from torchvision import transforms as T
 
 from transfer.architectures import NORMALIZE, preprocessing
-from transfer.distributed import cores_per_rank, get_local_rank, local_world_size
+from transfer.distributed import cores_per_rank, get_local_rank, is_distributed, local_world_size
 from transfer.system.console import UserError, printable
 from transfer.system.flags import DEFAULT_ARCH
 
@@ -72,6 +72,8 @@ def pick_compute(
     UserError as the functions for each do.
     """
     where, workers = pick_device(device), cores_per_rank() if workers is None else workers
+    if training and where.type == "mps" and is_distributed():
+        raise UserError("--finetune-epochs: torch joins no ranks' gradients on MPS; run one process, or --device cpu")
     return Compute(where, pick_precision(precision, where, training), workers, preprocessing(arch).normalize)
 
 

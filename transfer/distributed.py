@@ -44,13 +44,15 @@ def get_rank() -> int:
     return int(os.environ.get("RANK", 0)) if is_distributed() else 0
 
 
-def init_distributed() -> None:
-    """Meet the other ranks. The others than rank 0 fall silent on stdout."""
+def init_distributed(device: torch.device) -> None:
+    """Meet the other ranks, this one with its device. The others than rank 0 fall silent on stdout."""
     if is_distributed() and not dist.is_initialized():
         # Whoever waits here for a rank that has ended would not hear SIGTERM: torchrun would wait 30 s and kill it.
         handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # gloo for what lies on the CPU, and nccl for the gradients on CUDA. Rank 0 may train the head for hours.
-        dist.init_process_group(timeout=timedelta(hours=12))
+        # gloo for what lies on the CPU, and nccl for the gradients on CUDA: unasked, torch takes the accelerator's alone.
+        nccl = device.type == "cuda" and dist.is_nccl_available()
+        # Rank 0 may train the head for hours.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(hours=12))
         signal.signal(signal.SIGTERM, handler)
         if get_rank():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,10 +65,10 @@ def end_distributed() -> None:
         dist.destroy_process_group()  # left to the interpreter's end, its threads may abort the process
 
 
-def rank_slice(count: int, rank: int | None = None, step: int = 1) -> range:
-    """A rank's rows of so many, by default this one's: equal slices of whole steps, the last ones shorter or empty."""
+def rank_slice(count: int, rank: int | None = None) -> range:
+    """A rank's rows of so many, by default this one's: equal slices, the last ones shorter or empty."""
     rank = rank if rank is not None else get_rank() if dist.is_initialized() else 0
-    size = math.ceil(math.ceil(count / step) / get_world_size()) * step
+    size = math.ceil(count / get_world_size())
     return range(min(rank * size, count), min((rank + 1) * size, count))
 
 
@@ -117,7 +119,7 @@ def on_main_process(function: Callable) -> Callable:
     return on_rank_0
 
 
-def gather_rows(mine: Tensor, count: int, step: int = 1) -> Tensor | None:
+def gather_rows(mine: Tensor, count: int) -> Tensor | None:
     """All ranks' slices (n, ...) of count rows in one tensor on rank 0; None on the others.
 
     Received into their places: the peak is all rows and this rank's own once more.
@@ -129,7 +131,7 @@ def gather_rows(mine: Tensor, count: int, step: int = 1) -> Tensor | None:
     rows = torch.empty(count, *mine.shape[1:], dtype=mine.dtype)
     rows[: len(mine)] = mine
     for rank in range(1, get_world_size()):
-        place = rank_slice(count, rank, step)
+        place = rank_slice(count, rank)
         if place:
             dist.recv(rows[place.start : place.stop], rank)
     return rows

@@ -39,16 +39,14 @@ def extract_features(
     max_unreadable can't be read, and as `embed_dataset` and `save_atomically` do.
     """
     image_list = dataset.image_list
-    # Whole chunks for each rank, so that another number of ranks keeps the same ones.
-    step = CHUNK_ROWS if cache else 1
-    rows = range(len(image_list)) if this_rank_only else rank_slice(len(image_list), step=step)
+    rows = range(len(image_list)) if this_rank_only else rank_slice(len(image_list))
     store = None
     if cache:
         shape = len(dataset.views), backbone.feature_dim
         store = FeatureCache(cache, recipe_digest(backbone, dataset, compute), shape)
     table = extract_table(backbone, dataset, rows, store, compute=compute, max_unreadable=max_unreadable)
     if not this_rank_only and get_world_size() > 1:
-        table = share_table(table, store, count=len(image_list), step=step)
+        table = share_table(table, store, len(image_list))
     check_unreadable(image_list, table.unreadable, max_unreadable)
     return table.as_features(image_list.labels, table.unreadable)
 
@@ -145,8 +143,8 @@ def extract_chunks(
         yield features, reasons
 
 
-def share_table(table: Table, store: FeatureCache | None, *, count: int, step: int) -> Table:
-    """All ranks' features on rank 0, none on the others; and all ranks' unreadable rows. step: slices are whole steps.
+def share_table(table: Table, store: FeatureCache | None, count: int) -> Table:
+    """All ranks' features, of so many images, on rank 0, none on the others; and all ranks' unreadable rows.
 
     From a cache that rank 0 sees they are mapped, so that its memory does not grow with the data. Else they are sent.
     """
@@ -159,6 +157,6 @@ def share_table(table: Table, store: FeatureCache | None, *, count: int, step: i
         first = list(itertools.accumulate((len(theirs) for _, theirs, _ in gathered), initial=0))
         places = [theirs + torch.tensor([start, 0]) for start, (*_, theirs) in zip(first, gathered, strict=False)]
         return Table([chunk for chunk, _ in mapped], torch.cat(places), unreadable, paths)
-    rows = gather_rows(table.in_order(), count, step)
+    rows = gather_rows(table.in_order(), count)
     places = torch.stack([torch.zeros(count, dtype=torch.int64), torch.arange(count)], 1)
     return Table([] if rows is None else [rows], places, unreadable, [])

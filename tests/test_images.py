@@ -297,29 +297,63 @@ def test_the_tiff_librarys_own_lines_are_not_printed(tmp_path, capfd):
 
 
 def large_png(side, channels):
-    """Transparent pixels, a row of zeros after another; of 3 channels a chunk says which colour is transparent."""
-    packer = zlib.compressobj(1)
-    rows = b"".join(packer.compress(bytes(1 + channels * side)) for _ in range(side)) + packer.flush()
-    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, {3: 2, 4: 6}[channels], 0, 0, 0)
+    """Transparent pixels, a row of zeros after another; of 3 channels a chunk says which colour is transparent. Of one
+    channel 16-bit greyscale.
+    """
+    packer, depth = zlib.compressobj(1), 16 if channels == 1 else 8
+    rows = b"".join(packer.compress(bytes(1 + channels * depth // 8 * side)) for _ in range(side)) + packer.flush()
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, depth, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)
     chunks = [header, *[b"tRNS" + bytes(6)] * (channels == 3), b"IDAT" + rows, b"IEND"]
     parts = (len(chunk[4:]).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") for chunk in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-@pytest.mark.parametrize("format", ["PNG", "PNG with a transparent colour", "WEBP"])
+@pytest.mark.parametrize("format", ["PNG", "PNG with a transparent colour", "PNG of 16 bits", "WEBP"])
 def test_an_image_at_the_limit_takes_less_than_a_gigabyte(tmp_path, format):
     # As large as it may be, transparent, and still a small file: what costs its decoder most.
-    large = bombs(9459)["WEBP"] if format == "WEBP" else large_png(9459, channels=4 if format == "PNG" else 3)
+    channels = {"PNG": 4, "PNG with a transparent colour": 3, "PNG of 16 bits": 1}
+    large = bombs(9459)["WEBP"] if format == "WEBP" else large_png(9459, channels[format])
+    white = (0, 0, 0) if format == "PNG of 16 bits" else (255, 255, 255)
     (tmp_path / "photo").write_bytes(large)
 
     def read():
         try:
             photo = read_image(tmp_path / "photo")
-            assert photo.size == (9459, 9459) and photo.getpixel((0, 0)) == (255, 255, 255)
+            assert photo.size == (9459, 9459) and photo.getpixel((0, 0)) == white
         except ImageError as error:
             assert format == "WEBP" and "over the limit" in str(error)  # its decoder needs several times the pixels
 
     assert growth(read) < 1e9
+
+
+def tiff_header(size, *, bits=(8, 8, 8), **tags):
+    """A TIFF without pixels: its directory says what these are."""
+    fields = {256: (size,), 257: (size,), 258: bits, 259: (8,), 262: (2,), 277: (len(bits),), 278: (size,), 284: (1,)}
+    fields |= {int(tag.removeprefix("tag")): values for tag, values in tags.items()}
+    fields |= {324: (8,), 325: (9,)} if 322 in fields else {273: (8,), 279: (9,)}
+    end, entries, beyond = 8 + 2 + 12 * len(fields) + 4, b"", b""
+    for tag, values in sorted(fields.items()):
+        packed = struct.pack(f"<{len(values)}I", *values)
+        place = packed if len(values) == 1 else struct.pack("<I", end + len(beyond))
+        beyond += packed if len(values) > 1 else b""
+        entries += struct.pack("<HHI", tag, 4, len(values)) + place
+    return b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + bytes(4) + beyond
+
+
+@pytest.mark.parametrize(
+    ("header", "limit"),
+    [
+        (tiff_header(9459, bits=(16, 16, 16)), None),
+        (tiff_header(9459, bits=(16, 16, 16, 16), tag338=(2,)), 67_108_863),
+        (tiff_header(64, tag322=(26_000,), tag323=(26_000,)), 542),  # a small image in a tile of 2 GB
+        (tiff_header(64, tag322=(9_000,), tag323=(9_000,)), None),
+    ],
+)
+def test_of_a_tiff_the_tile_and_the_bits_count_too(tmp_path, header, limit):
+    (tmp_path / "photo.tif").write_bytes(header)
+    words = f"x.* pixels, over the limit of {limit:,}; resize it" if limit else r"damaged \("
+    with pytest.raises(ImageError, match=words):
+        read_image(tmp_path / "photo.tif")
 
 
 def broken_zlib():

@@ -18,12 +18,15 @@ from transfer.system.files import open_regular
 DRAFT_SIZE = (600, 600)  # a JPEG is decoded at an eighth, a quarter or half its size where that is no smaller
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit for decompression bombs
 # What a format's pixel costs, in those of a plain image, which are three bytes: WebP and AVIF hold three canvases at
-# once, of a still image too. A PPM of text, or of an odd depth, is decoded in Python.
+# once, of a still image too. A PPM of text, or of an odd depth, is decoded in Python. A TIFF's strip or tile is held
+# whole, beside the image: of up to 48 bits a pixel that is in the limit, but a tile may be larger than its image.
 COSTS = {"WEBP": 3, "AVIF": 3}
 PYTHON_COST = 16
+TIFF_BITS = 48
 ONE_SCAN_COST = 1 / 8  # of a JPEG that is decoded row by row, at a reduced scale: 716 megapixels take two seconds
-BITS_PER_SAMPLE = 258  # TIFF's tag
+BITS_PER_SAMPLE, SAMPLES, TILE_WIDTH, TILE_LENGTH = 258, 277, 322, 323  # TIFF's tags
 GREY_BITS = 16  # of 16-bit greyscale, where no fewer are used
+GREY_ROWS = 64  # of it at a time: as numbers that can be computed with, pixels take several times the memory
 
 
 class ImageError(Exception):
@@ -144,10 +147,22 @@ def open_image(file: io.BufferedIOBase, format: str | None) -> Image.Image:
         image = Image.open(file, formats=IMAGE_FORMATS)
         in_python = image.tile and image.tile[0][0].startswith("ppm")
         cost = PYTHON_COST if in_python else COSTS.get(image.format, 1)
+        if image.format == "TIFF":
+            cost = tiff_cost(image)
     if image.width * image.height * cost > MAX_PIXELS:
         limit = f"{int(MAX_PIXELS / cost):,}{f' for {image.format}' if image.format in COSTS else ''}"
         raise ImageError(f"{image.width}x{image.height} pixels, over the limit of {limit}; resize it")
     return image
+
+
+def tiff_cost(image: Image.Image) -> float:
+    """What a pixel of a TIFF costs, with its share of the largest tile."""
+    bits, samples, width, length = (
+        max(value) if isinstance(value := image.tag_v2.get(tag, 1), tuple) else value
+        for tag in (BITS_PER_SAMPLE, SAMPLES, TILE_WIDTH, TILE_LENGTH)
+    )
+    tile = width * length / max(1, image.width * image.height)
+    return max(1, tile) * max(1, bits * samples / TIFF_BITS)
 
 
 def coefficient_cost(image: JpegImagePlugin.JpegImageFile) -> float:
@@ -181,8 +196,10 @@ def as_rgb(image: Image.Image, grey_bits: int = GREY_BITS) -> Image.Image:
     grey_bits: of 16-bit grey, from black to white, where the file does not say.
     """
     if is_grey16(image):
-        values = np.asarray(image).astype(np.int64) << GREY_BITS >> (own_depth(image) or grey_bits)
-        return Image.fromarray(np.clip(values >> 8, 0, 255).astype(np.uint8)).convert("RGB")
+        grey, depth = Image.new("L", image.size), own_depth(image) or grey_bits
+        for top, values in grey16_rows(image):
+            grey.paste(Image.fromarray(np.clip(values << GREY_BITS >> depth >> 8, 0, 255).astype(np.uint8)), (0, top))
+        return grey.convert("RGB")
     if image.mode in ("I", "F"):
         if tiff_tag(image, BITS_PER_SAMPLE) == 16:
             raise ImageError("16-bit pixels with a sign; convert it to 8 or 16 bits without")
@@ -210,6 +227,13 @@ def is_grey16(image: Image.Image) -> bool:
     return image.mode.startswith("I;16") or image.mode == "I" and image.format == "PPM"
 
 
+def grey16_rows(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
+    """Its pixels (rows, width), some rows at a time, each with the number of the first."""
+    for top in range(0, image.height, GREY_ROWS):
+        strip = image.crop((0, top, image.width, min(top + GREY_ROWS, image.height)))
+        yield top, np.asarray(strip).astype(np.int64)
+
+
 def own_depth(image: Image.Image) -> int | None:
     """How many of 16 bits a TIFF says that it has, where that is not all."""
     bits = tiff_tag(image, BITS_PER_SAMPLE)
@@ -225,6 +249,7 @@ def used_bits(path: str | bytes | os.PathLike) -> int:
         format = format_of(head)
         if format in ("TIFF", "PPM") or format == "PNG" and head[24:26] == b"\x10\0":  # 16 bits, greyscale
             with open_regular(path) as file, pillow_errors(format):
-                image = load_pixels(file, format)
-                return int(np.asarray(image).max()).bit_length() if is_grey16(image) and not own_depth(image) else 0
+                if is_grey16(image := open_image(file, format)) and not own_depth(image):
+                    file.seek(0)
+                    return int(max(rows.max() for _, rows in grey16_rows(load_pixels(file, format)))).bit_length()
     return 0

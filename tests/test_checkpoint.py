@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -475,6 +476,10 @@ HOSTILE_METADATA = {
     "a subclass": OrderedDict(GOOD_METADATA),
     "flags in lists without end": GOOD_METADATA | {"recipe": {"lr": deeply_nested()}},
     "flags by numbers": GOOD_METADATA | {"recipe": {1: 2}},
+    "a mean without its deviation": GOOD_METADATA | {"mean": [0.5, 0.5, 0.5]},
+    "a deviation without its mean": GOOD_METADATA | {"std": [0.5, 0.5, 0.5]},
+    "a mean that is no number": GOOD_METADATA | {"mean": [0.5, math.nan, 0.5], "std": [0.5, 0.5, 0.5]},
+    "a deviation of nothing": GOOD_METADATA | {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.0, 0.5]},
 }
 
 

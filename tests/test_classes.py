@@ -1,5 +1,7 @@
 """Classes: whose names they have, and that no photo gets another's."""
 
+import ntpath
+import os
 import unicodedata
 from pathlib import Path
 
@@ -122,6 +124,13 @@ def test_a_list_with_some_wrong_labels_still_has_its_folders_names(wrong, names)
     for number in range(wrong):
         labels[number], labels[10 + number] = 1, 0
     assert own_names(ImageList("list.txt", paths, labels, range(1, 21))) == names
+
+
+def test_of_nested_folders_on_windows_the_first_that_differ_give_the_names(monkeypatch):
+    paths = [rf"photos\{name}\{half}\1.jpg".encode() for name in ("cat", "dog") for half in "ab"]
+    monkeypatch.setattr(os, "path", ntpath)
+    monkeypatch.setattr(os, "sep", ntpath.sep)
+    assert own_names(ImageList("list.txt", paths, [0, 0, 1, 1], range(1, 5))) == ["cat", "dog"]
 
 
 def test_classes_whose_names_differ_in_capitals_or_spaces_alone_are_named(capsys):

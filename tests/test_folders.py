@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import COLOURS, ROOT, answer, go, run_main, save_photo
+from conftest import COLOURS, PLAIN, ROOT, answer, go, run_main, save_photo
 from PIL import Image
 from processes import run_forked
 
@@ -251,6 +251,17 @@ def test_a_folder_of_another_class_is_named_and_plain_images_have_no_labels(mode
     assert status == 2 and err.startswith(
         "error: --labelled: needs labels; give lists, a path and a class number per line"
     )
+
+
+def test_the_name_of_a_folder_brings_no_control_character_to_a_terminal_and_is_known_again(photos, small, tiny):
+    os.rename("photos", name := "ev\x1b[31mil")
+    shown = re.escape(r"ev\x1b[31mil")
+    assert run_main(train.main, *PLAIN, "--train", name)[0] == 0
+    err = run_main(predict.main, name, "--report", "report.html", "--workers", 0)[2]
+    assert "\x1b" not in err and re.search(rf"^warning: {shown}: the model was trained on images of it", err, re.M)
+    os.rename(os.path.join(name, "red"), os.path.join(name, "purple"))
+    err = run_main(predict.main, name, "--report", "report.html", "--workers", 0)[2]
+    assert "\x1b" not in err and re.match(f"error: {shown}: no class is called purple", err)
 
 
 def test_from_a_folder_to_a_report_in_two_commands(tmp_path):

@@ -23,8 +23,8 @@ import predict
 import train
 from transfer.checkpoint import load_checkpoint
 from transfer.inputs.images import ImageError
+from transfer.pages.html import page
 from transfer.system.console import UserError, printable
-from transfer.system.outputs import STARTS
 
 
 def test_predict_names_the_foods_and_has_the_accuracy_that_training_printed(sample_run, sample_answers):
@@ -173,7 +173,7 @@ def test_a_report_of_no_model_is_one_line(model, wrong):
 
 def test_a_report_replaces_the_one_before_it_whole(model, quick_model):
     Path("list.txt").write_text("red.png 0\ngreen.png 1\n")
-    old = STARTS["a page of ours"].decode() + "the old one" * 10**6
+    old = page("a page", "p {}", []) + "the old one" * 10**6
     Path("report.html").write_text(old)
     os.link("report.html", "kept.html")  # what writes into the old file would change this too
     out, _ = answer("list.txt", "--report", "report.html")

@@ -49,7 +49,7 @@ def folder_names(folders: dict[int, Counter[bytes]]) -> dict[int, str]:
         shared = os.path.commonpath({folder for each in folders.values() for folder in each})
 
     def first_folder(folder: bytes) -> bytes:
-        return folder[len(shared) :].strip(b"/").split(b"/")[0]
+        return folder[len(shared) :].replace(os.fsencode(os.sep), b"/").strip(b"/").split(b"/")[0]
 
     for name_of in (os.path.basename, first_folder):
         names = {}

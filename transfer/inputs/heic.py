@@ -1,5 +1,6 @@
 """HEIC: an iPhone's photos, which can't be read, named before the pass with the command that converts them."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -40,7 +41,10 @@ def name_heic(image_list: ImageList, most: int) -> None:
     folders = [os.path.dirname(path) for path in paths]
     if len(set(map(os.path.isabs, folders))) > 1:
         folders = [os.path.abspath(folder) for folder in folders]
-    fix = f"to convert: {heic_command(os.path.commonpath(folders))}"
+    common = folders[0]
+    with contextlib.suppress(ValueError):  # on Windows they may be on several drives
+        common = os.path.commonpath(folders)
+    fix = f"to convert: {heic_command(common)}"
     if misnamed := [path for path in paths if not has_heic_name(path)]:
         fix = f"rename {first_three(list(map(printable, misnamed)))} to .heic; {fix}"
     fix = fix if image_list.classes else f"name JPEGs in the list; {fix}"

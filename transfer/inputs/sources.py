@@ -24,8 +24,9 @@ LONGEST_PATH = 4096  # letters, as most systems have it
 
 
 class Source(NamedTuple):
-    """The images that one argument names. labelled: None of a folder whose folders may have the classes' names."""
+    """The images that one argument, a path, names. labelled: None of a folder whose folders may have the classes' names."""
 
+    path: str
     image_list: ImageList
     labelled: bool | None
 
@@ -53,9 +54,9 @@ def read_plain_folder(folder: str) -> Source:
     within = [same_name(part[0]) if len(part) > 1 else "" for part in parts]
     names = sort_names(set(within)) if all(within) else []
     places = {name: label for label, name in enumerate(names)}
-    image_list = ImageList(folder, paths, [places.get(name, 0) for name in within], range(len(paths)))
+    image_list = ImageList(printable(folder), paths, [places.get(name, 0) for name in within], range(len(paths)))
     image_list.classes, image_list.is_folder = names, True
-    return Source(image_list, None if names else False)
+    return Source(folder, image_list, None if names else False)
 
 
 def expand_pattern(argument: str) -> list[str]:
@@ -105,12 +106,13 @@ def read_sources(arguments: Sequence[str], root: Path, labelled: bool) -> list[S
             # Of a list each line has a row, also that of a missing image.
             path = Path(argument)
             image_list, found = read_folder(path) if path.is_dir() else read_list(path, root, check_files=False)
-            sources.append(Source(image_list, image_list.labelled))
+            sources.append(Source(argument, image_list, image_list.labelled))
             if len(image_list) and not any(map(os.path.exists, image_list.each_path())):
                 hint = missing_hint(image_list.path(0), path)
                 warn(f"{printable(argument)}: none of the images in this list is there; {hint}")
         else:
-            sources.append(Source(ImageList(argument, [as_stored(os.fsencode(argument))], [0], [0]), False))
+            photo = ImageList(printable(argument), [as_stored(os.fsencode(argument))], [0], [0])
+            sources.append(Source(argument, photo, False))
         problems += found
     if problems:
         raise ListsError(problems)
@@ -135,7 +137,7 @@ def label_source(source: Source, metadata: dict, model: Path, flag: str | None) 
             raise UserError(*problems, fix)
         if source.labelled is None:
             what = "its folders are named as the model's classes, and taken as labels"
-            print(f"{printable(image_list.name)}: {what}", file=sys.stderr)
+            print(f"{image_list.name}: {what}", file=sys.stderr)
     elif source.labelled and int(image_list.labels.max()) >= len(classes):
         row = int(image_list.labels.argmax())
         both = f"label {image_list.labels[row]}, but {printable(model)} knows {len(classes)} classes, from 0"
@@ -165,9 +167,9 @@ def join_sources(sources: Sequence[Source], metadata: dict, model: Path, flag: s
     """All images as one list, and which of them have labels (n,). Raises UserError as `label_source` does."""
     labelled = [label_source(source, metadata, model, flag) for source in sources]
     image_lists = [source.image_list for source in sources]
-    for image_list, known in zip(image_lists, labelled, strict=True):
-        if known and path_digest(image_list.name) in metadata.get("trained_lists", []):
-            warn(f"{image_list.name}: the model was trained on images of it, so the accuracy is far too high")
+    for source, known in zip(sources, labelled, strict=True):
+        if known and path_digest(source.path) in metadata.get("trained_lists", []):
+            warn(f"{source.image_list.name}: the model was trained on images of it, so the accuracy is far too high")
     has_label = torch.tensor(labelled).repeat_interleave(torch.tensor([len(each) for each in image_lists]))
     if len(sources) == 1:
         return image_lists[0], has_label

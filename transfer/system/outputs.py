@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -19,10 +20,12 @@ CHECKPOINT_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", "")
 PAGE_ENDINGS = (".html", ".htm", "")
 BOM = b"\xef\xbb\xbf"
 STARTS = {  # of the files that we write beside checkpoints, by which an earlier one is known
-    "a run's figures": b"epoch,train_loss,",
-    "a list of a split": b"# of ",
-    "an audit's table": b"list,line,path,kind,",
-    "a page of ours": b'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-',
+    "a run's figures": re.compile(rb"epoch,train_loss,"),
+    "a list of a split": re.compile(rb"# of .*, by train\.py with --view-seed \d"),
+    "an audit's table": re.compile(rb"list,line,path,kind,"),
+    "a page of ours": re.compile(
+        rb'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="'
+    ),
 }
 
 
@@ -40,8 +43,8 @@ class Output(NamedTuple):
         if self.kind is None or not self.path.exists():
             return False
         with open(self.path, "rb") as file:
-            start = file.read(1000).removeprefix(BOM)
-        return bool(start) and not start.startswith(STARTS[self.kind])
+            start = file.read(1 << 15).removeprefix(BOM)  # a list's first line names a path
+        return bool(start) and not STARTS[self.kind].match(start)
 
 
 def checkpoint_outputs(path: Path, lists: Sequence[Path]) -> list[Output]:

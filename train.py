@@ -50,7 +50,7 @@ from transfer.device import Compute, pick_compute
 from transfer.distributed import broadcast, end_distributed, gather, init_distributed, is_main_process, on_main_process
 from transfer.extraction import extract_features
 from transfer.features import Split, Splits, warn_on_flat_images, warn_on_leakage
-from transfer.finetune import prepare_finetuning, unwrap
+from transfer.finetune import as_predicted, prepare_finetuning
 from transfer.history import History, print_header, print_next, print_result, run_metadata
 from transfer.inputs.images import GREY_BITS, ImageError, read_image
 from transfer.inputs.lists import ImageList, most_unreadable
@@ -225,9 +225,8 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Metrics:
-    """Metrics over all samples."""
-    # Not through DistributedDataParallel: a rank may have nothing to evaluate, and would miss from its forward pass.
-    network, meter = unwrap(model), MetricMeter(model)
+    """Metrics over all samples, as `predict.py` would have them."""
+    network, meter = as_predicted(model), MetricMeter(model)
     for inputs, labels in loader:
         check_stop()
         logits = network(inputs)
@@ -299,7 +298,7 @@ def best_val_logits(model: nn.Module, finetuned: Training | None, val: Split) ->
     """Logits (N, C) and labels (N,) of the images that chose the best epoch; of all ranks, on rank 0 alone."""
     every = math.ceil(len(val.features.rows) / MAX_IMAGES)
     if finetuned:  # each rank has images of its own
-        shares = gather(collect_logits(unwrap(finetuned.network), finetuned.loaders.val, every))
+        shares = gather(collect_logits(as_predicted(finetuned.network), finetuned.loaders.val, every))
         return shares and tuple(torch.cat(parts) for parts in zip(*shares, strict=True))
     if not is_main_process():
         return None

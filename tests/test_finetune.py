@@ -15,11 +15,11 @@ from torchvision.models import VisionTransformer
 import predict
 import train
 from transfer.architectures import new_network, skeleton
-from transfer.backbone import backbone_of, embed_dataset
+from transfer.backbone import backbone_of, embed_dataset, inference_copy
 from transfer.checkpoint import load_checkpoint
 from transfer.device import Compute
 from transfer.features import Features, Split
-from transfer.finetune import FeatureMapLoader, first_unfrozen, one_cycle, split_network
+from transfer.finetune import FeatureMapLoader, Network, as_predicted, first_unfrozen, one_cycle, split_network
 from transfer.inputs.lists import read_list
 from transfer.metrics import Metrics
 
@@ -102,6 +102,19 @@ def test_another_network_is_fine_tuned_from_its_block_on_and_predict_is_as_often
     metadata = load_checkpoint(Path("best.pth"))[1]
     status, out, err = run_main(predict.main, "test.txt", "--workers", 0)
     assert status == 0 and f"accuracy  {metadata['accuracy']:7.2%}  " in out, err
+
+
+def test_evaluation_while_fine_tuning_has_predictions_own_bits_where_autocast_has_others():
+    torch.manual_seed(0)
+    tail = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 16), nn.LayerNorm(16))
+    nn.init.normal_(tail[3].weight)
+    network = Network(tail, nn.Linear(16, 4), Compute(torch.device("cpu"), torch.bfloat16))
+    maps = torch.randn(5, 3, 8, 8).to(torch.bfloat16, memory_format=torch.channels_last)
+    with torch.inference_mode():
+        trained, evaluated = network(maps), as_predicted(network)(maps)
+        predicted = network.head(inference_copy(tail, network.compute)(maps).float())
+    assert torch.equal(evaluated, predicted) and not torch.equal(trained, predicted)
+    assert tail[3].weight.dtype == torch.float32 and as_predicted(network.head) is network.head
 
 
 def test_batch_norm_infers_and_only_the_tail_has_gradients_while_fine_tuning(few, monkeypatch):

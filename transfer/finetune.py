@@ -25,18 +25,21 @@ MEMORY_SHARE = 0.5  # of what is free, that maps may take
 
 
 class Network(nn.Module):
-    """Unfrozen stages and the head on them, as `predict.py` computes both: the head always in float32."""
+    """Unfrozen stages in the run's precision, and the head on them, always in float32. autocast: the stages' weights
+    are float32, to be trained; else those of an `inference_copy`.
+    """
 
-    def __init__(self, tail: nn.Module, head: nn.Module, compute: Compute):
+    def __init__(self, tail: nn.Module, head: nn.Module, compute: Compute, *, autocast: bool = True):
         super().__init__()
         self.tail, self.head, self.compute = tail, head, compute
+        self.autocast = autocast and compute.dtype != torch.float32
         # BatchNorm's backward pass on MPS is wrong in channels_last with some of the torch versions we allow.
         self.layout = torch.contiguous_format if compute.device.type == "mps" else torch.channels_last
 
     def forward(self, maps: Tensor) -> Tensor:
         device, dtype = self.compute.device, self.compute.dtype
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            layout = self.layout if maps.dim() == 4 else torch.preserve_format  # of maps, not of tokens
+        with torch.autocast(device.type, dtype, enabled=self.autocast):
+            layout = self.layout if maps.dim() == 4 else torch.preserve_format  # tokens have three
             features = self.tail(maps.to(dtype, memory_format=layout))
         return self.head(features.float())
 
@@ -134,6 +137,17 @@ def unfreeze(model: nn.Module, stage: str, compute: Compute) -> tuple[nn.Module,
 def unwrap(network: nn.Module) -> nn.Module:
     """The network itself, where DistributedDataParallel wraps it."""
     return network.module if isinstance(network, DistributedDataParallel) else network
+
+
+def as_predicted(network: nn.Module) -> nn.Module:
+    """A head, or a network that is fine-tuned, with the arithmetic of `predict.py`: autocast leaves LayerNorms in float32.
+    Not through DistributedDataParallel: a rank may have nothing to evaluate, and would miss from its forward pass.
+    """
+    network = unwrap(network)
+    if not isinstance(network, Network):
+        return network
+    tail = inference_copy(network.tail, network.compute)
+    return Network(tail, network.head, network.compute, autocast=False)
 
 
 def compute_feature_maps(trunk: nn.Module, split: Split, compute: Compute) -> Tensor:

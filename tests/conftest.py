@@ -148,13 +148,13 @@ def sample_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sample_run(sample_folder):
-    """The main job on the sample photos, with half its views: the finished process and the checkpoint; its features lie
-    in `kept` beside.
+    """The main job on the sample photos, without random views: the finished process and the checkpoint; its features
+    lie in `kept` beside.
 
     It takes 10 to 60 s, once for all tests that are about real photos.
     """
     out = sample_folder / "best.pth"
-    options = "--epochs", 20, "--views", 4, "--out", out, "--cache", out.parent / "kept"
+    options = "--epochs", 20, "--views", 2, "--out", out, "--cache", out.parent / "kept"
     return run_once(sample_folder, "train.py", *options), out
 
 
@@ -180,10 +180,10 @@ def new_head():
 
 @pytest.fixture(scope="session")
 def sample(sample_run, backbone):
-    """The sample's training list and test list as splits: features of four views, and of the evaluation view."""
+    """The sample's training list and test list as splits: features of two views, and of the evaluation view."""
     compute = pick_compute("cpu", "auto", None)
     lists = {name: read_list(ROOT / f"{name}.txt", ROOT)[0] for name in ("train", "test")}
-    views, options = {"train": range(4), "test": [0]}, {"compute": compute, "cache": sample_run[1].parent / "kept"}
+    views, options = {"train": range(2), "test": [0]}, {"compute": compute, "cache": sample_run[1].parent / "kept"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)  # whose paths the kept features are of
         datasets = {name: train.ImageDataset(image_list, views[name], 0) for name, image_list in lists.items()}

@@ -140,8 +140,9 @@ def unwrap(network: nn.Module) -> nn.Module:
 
 
 def as_predicted(network: nn.Module) -> nn.Module:
-    """A head, or a network that is fine-tuned, with the arithmetic of `predict.py`: autocast leaves LayerNorms in float32.
-    Not through DistributedDataParallel: a rank may have nothing to evaluate, and would miss from its forward pass.
+    """A head, or a network that is fine-tuned, with the arithmetic of `predict.py`: autocast leaves LayerNorms in
+    float32. Not through DistributedDataParallel: a rank may have nothing to evaluate, and would miss from its forward
+    pass.
     """
     network = unwrap(network)
     if not isinstance(network, Network):

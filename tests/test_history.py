@@ -2,13 +2,14 @@
 
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import answer, go, rows_of
+from conftest import answer, go, rows_of, same, weights_of
 
 import train
 from transfer.checkpoint import is_own, load_checkpoint
@@ -74,6 +75,43 @@ def test_a_run_names_what_it_replaces_and_keeps_it(trained):
     status, out, _ = trained()
     assert status == 0 and "replaces  best.pth (no checkpoint of ours); kept as best.previous.pth" in out
     assert Path("best.previous.pth").read_bytes() == b"a poem"
+
+
+@pytest.mark.parametrize("classes", [3, 2])
+def test_a_run_beside_another_of_the_same_name_keeps_both_models_and_says_so(job, monkeypatch, classes):
+    lines = {name: Path(name).read_text() for name in ("train.txt", "test.txt")}
+    for name, text in lines.items():
+        Path(name).write_text("".join(line for line in text.splitlines(True) if int(line.split()[-1]) < classes))
+    assert job("--seed", 5, "--out", "other.pth")[0] == 0
+    other = Path("other.pth").read_bytes()
+    for name, text in lines.items():
+        Path(name).write_text(text)
+    evaluated, evaluate = [], train.evaluate
+
+    def watched(*args):
+        evaluated.append(None)
+        if len(evaluated) == 3:  # of three epochs, of which the first is the best
+            shutil.copy("other.pth", "best.pth")
+        return evaluate(*args)._replace(accuracy=0.9 - 0.1 * len(evaluated))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", watched)
+        status, _, err = job("--epochs", 3)
+    words = (
+        "another run has saved there too; its checkpoint is now best.previous.pth; give each run an --out of its own"
+    )
+    assert status == 0 and f"warning: best.pth: {words}\n" in err
+    assert Path("best.previous.pth").read_bytes() == other
+    metadata = load_checkpoint(Path("best.pth"))[1]
+    assert len(metadata["classes"]) == 3 and metadata["epoch"] == 1
+    assert job("--epochs", 1, "--out", "alone.pth")[0] == 0 and same(weights_of("alone.pth"), weights_of())
+
+
+def test_a_checkpoint_that_is_removed_during_a_run_is_there_at_its_end(job, monkeypatch):
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args: Path("best.pth").unlink(missing_ok=True) or evaluate(*args))
+    status, _, err = job("--epochs", 2)
+    assert (status, "another run" in err, Path("best.pth").exists()) == (0, False, True)
 
 
 def test_the_header_names_the_flag_where_classes_are_very_unequal_and_only_there(uneven, quick):

@@ -1,25 +1,20 @@
 """Checkpoints: networks loaded from files, and saved with what is known of them."""
 
+import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from transfer.architectures import (
-    head_prefix,
-    is_arch,
-    meta_network,
-    preprocessing,
-    takes_images,
-    versioned,
-)
+from transfer.architectures import head_prefix, is_arch, meta_network, preprocessing, takes_images, versioned
 from transfer.distributed import broadcast, is_main_process, run_id
 from transfer.inputs.images import GREY_BITS
 from transfer.metrics import Metrics
 from transfer.state_dict import METADATA_KEY, is_plain, load_state, validate_state_dict
 from transfer.system.console import UserError, printable, warn
-from transfer.system.files import backup_path, history_path, save_atomically, save_together, serialized
+from transfer.system.files import backup_path, file_stamp, history_path, save_atomically, save_together, serialized
 from transfer.system.flags import IMAGE_SIZE, SIZES
 
 FORMAT = 1  # of what `serialize` adds to a state dict
@@ -176,7 +171,7 @@ class Checkpointer:
     ):
         self.path, self.model, self.start_time, self.lists = path, model, start_time, lists
         self.metadata = metadata | {"run": run_id()}
-        self.saved = False
+        self.content, self.stamp = None, None  # what was saved last, and `file_stamp` of it
 
     def save(self, epoch: int, metrics: Metrics, about_head: dict | None = None) -> None:
         """Rank 0 alone writes; about_head: metadata that only the end of a run knows. Raises UserError (status 1) where
@@ -187,22 +182,27 @@ class Checkpointer:
         about_epoch = {"epoch": epoch, "accuracy": metrics.accuracy, "recall": metrics.macro_recall}
         about_epoch["seconds"] = round(time.perf_counter() - self.start_time, 3)
         content = serialize(self.model, self.metadata | about_epoch | (about_head or {}))
-        if self.saved:
+        if self.content is None:
+            own = self.path.exists() and is_own(read_metadata(self.path) or {}, self.metadata["run"])
+            self.save_with_lists(content, [] if own else [self.path, history_path(self.path)])
+        elif file_stamp(self.path) == self.stamp:
             save_atomically(self.path, content)
         else:
-            self.save_first(content)
+            if self.path.exists():
+                other = f"another run has saved there too; its checkpoint is now {printable(backup_path(self.path))}"
+                warn(f"{printable(self.path)}: {other}; give each run an --out of its own")
+            self.save_with_lists(content, [self.path])
+        self.content, self.stamp = content, file_stamp(self.path)
 
-    def save_first(self, content: memoryview) -> None:
-        """Save with the lists, and keep what they replace, unless an attempt of this run saved it."""
-        own = self.path.exists() and is_own(read_metadata(self.path) or {}, self.metadata["run"])
-        replaced = [self.path, history_path(self.path), *(path for path, _ in self.lists)]
+    def save_with_lists(self, content: memoryview, replaced: Sequence[Path]) -> None:
+        """Save with the lists; these files, with the lists beside them, are kept, where any are named."""
         lists = [(path, text) for path, text in self.lists if text is not None]
-        save_together([(self.path, content), *lists], backups=[] if own else replaced)
+        backups = [*replaced, *(path for path, _ in self.lists)] if replaced else []
+        save_together([(self.path, content), *lists], backups)
         for path in (path for path, text in self.lists if text is None):
             path.unlink(missing_ok=True)
-        self.saved, self.lists = True, ()
 
     def restore(self) -> None:
-        """Give the model the weights that were saved last, on all ranks."""
-        state = broadcast(load_state(self.path)[0] if is_main_process() else None)
-        self.model.load_state_dict(versioned(state, self.model))
+        """Give the model the weights that were saved last, on all ranks: this run's, whatever lies there by now."""
+        state = torch.load(io.BytesIO(self.content), weights_only=True) if is_main_process() else None
+        self.model.load_state_dict(broadcast(state))

@@ -165,6 +165,15 @@ def backup(path: Path) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def file_stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is replaced; None where there is none."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
+
+
 def serialized(content: object) -> memoryview:
     """What `torch.save` writes, in memory, so that a failing disk raises what `save_atomically` catches."""
     buffer = io.BytesIO()

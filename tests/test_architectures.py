@@ -257,7 +257,7 @@ def test_the_error_of_a_damaged_file_of_another_architecture_names_its_own_weigh
     torch.save(state, "damaged.pth")
     status, _, err = run_main(predict.main, "red/test_0.png", "--model", "damaged.pth")
     reason = "does not fit ResNet-50: no bn1.bias, no layer4.0.conv3.weight; give one made for resnet50, "
-    reason += "or name its architecture by --arch"
+    reason += "or name its architecture by --arch, of those that train.py --arch list shows"
     assert (status, err) == (2, f"error: damaged.pth: {reason}\n")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from browsing import HOSTILE, Page, ask, call, complaints, fetched, show
-from conftest import COLOURS, go
+from conftest import COLOURS, ROOT, go
 from PIL import Image
 
 import train
@@ -191,12 +191,17 @@ def test_the_curve_says_what_twice_the_photos_would_give_and_for_which_classes(t
 @pytest.mark.parametrize(
     ("points", "named"), [([0.3, 0.4, 0.5], True), ([0.9, 0.9, 0.9], False), ([0.5, 0.6, 0.5], False)]
 )
-def test_where_more_photos_would_help_and_only_there_the_command_that_chooses_them_is_named(tmp_path, points, named):
+def test_where_more_photos_would_help_and_only_there_the_command_that_chooses_them_is_named(
+    tmp_path, monkeypatch, points, named
+):
     audit, names = case(tmp_path)
+    monkeypatch.chdir(ROOT)
     audit = replace(audit, curve=replace(audit.curve, accuracy=torch.tensor(points)[:, None]))
     page, _, _ = written(tmp_path, audit, names, model="my model.pth")
     command = "python predict.py FOLDER --label-next 40 --report next.html --model "
     assert (f"{command}&#x27;{tmp_path}/my model.pth&#x27;</code>" in page) == named == ("--label-next" in page)
+    monkeypatch.chdir(tmp_path)  # where the command must find its script
+    assert (f"python {ROOT}/predict.py FOLDER --label-next" in written(tmp_path, audit, names)[0]) == named
 
 
 def test_the_balance_counts_every_image(tmp_path):

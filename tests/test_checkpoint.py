@@ -90,6 +90,12 @@ def claim(size, stride, storage=4):
     return Runs(torch._utils._rebuild_tensor_v2, *parts)
 
 
+def program():
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.trace(SmallNetwork(), torch.zeros(1, 3, 64, 64)), buffer)
+    return buffer.getvalue()
+
+
 def bomb_in_zip():
     file = io.BytesIO()
     torch.save(tiny_resnet18(), file)
@@ -153,7 +159,7 @@ def marked_as_folder():
 
 CODE = "holds more than tensors, and to load it would run code of its own; only if you trust it: python -c .*"
 DAMAGED = "damaged, or not a weights file; get it again from its source"
-MISFIT = r"does not fit ResNet-18: {}; give one made for resnet18(, or name its architecture by --arch)?"
+MISFIT = r"does not fit ResNet-18: {}; give one made for resnet18(, or name its architecture by --arch, .* shows)?"
 
 
 REFUSED = {
@@ -161,6 +167,7 @@ REFUSED = {
     "a state dict that runs code": (lambda: pickled({"fc.weight": Runs(open, "pwned", "w")}), CODE),
     "a legacy file that runs code": (lambda: legacy({"fc.weight": Runs(os.mkdir, "pwned")}), CODE),
     "a whole model": (lambda: pickled(SmallNetwork()), CODE),
+    "a TorchScript program": (program, r"is a TorchScript program; save its model.state_dict\(\) with torch.save"),
     "empty": (lambda: b"", DAMAGED),
     "HTML": (lambda: b"<!doctype html><title>Log in</title>", DAMAGED),
     "truncated": (lambda: pickled(tiny_resnet18())[:-2000], DAMAGED),

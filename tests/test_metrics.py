@@ -23,6 +23,7 @@ from transfer.metrics import (
     likeliest,
     wilson_interval,
 )
+from transfer.system.console import letters
 
 # Four classes by hand: apple 2 of 3 right, bean 1 of 2, corn 0 of 1 and never predicted, dill without images.
 LABELS = [0, 0, 0, 1, 1, 2]
@@ -133,6 +134,9 @@ def test_of_two_classes_as_often_mistaken_for_the_first_is_named_and_long_names_
     assert scores.taken_for() == {0: (1, 1)}
     lines = classification_report(scores, ["a" * 24, "b" * 25, "c"]).splitlines()
     assert [line.split("  ")[0] for line in lines[4:7]] == ["a" * 24, "b" * 23 + "…", "c"]
+    wide = classification_report(scores, ["日本語" * 9, "e\u0301", "c"]).splitlines()
+    assert wide[4].startswith("日本語" * 3 + "日本…  ")
+    assert {letters(line.partition("%")[0]) for line in wide[4:7]} == {letters(wide[3].partition("precision")[0]) + 8}
     assert likeliest(torch.tensor([0.2, 0.5, 0.3]), ["a", "b", "c"], 2) == [("b", 0.5), ("c", pytest.approx(0.3))]
     assert len(likeliest(torch.tensor([0.2, 0.8]), ["a", "b"], 9)) == 2
 

@@ -13,9 +13,9 @@ from transfer.data import Data
 from transfer.device import Compute
 from transfer.distributed import is_main_process
 from transfer.features import Splits
-from transfer.metrics import Metrics, short_name, wilson_interval
+from transfer.metrics import NAME_WIDTH, Metrics, wilson_interval
 from transfer.pretrained import Pretrained
-from transfer.system.console import plural, predict_command, printable, warn
+from transfer.system.console import plural, predict_command, printable, shortened, warn
 from transfer.system.files import history_path, path_digest, save_atomically
 from transfer.system.flags import DEFAULT_LR
 
@@ -51,7 +51,7 @@ def print_header(compute: Compute, pretrained: Pretrained, data: Data, history: 
 def class_sizes(data: Data) -> str:
     """How many classes there are, and their names with their training images: of many the smallest and largest."""
     counts = data.train.labels.bincount(minlength=len(data.classes)).tolist()
-    names = [f"{short_name(name)} {count:,}" for name, count in zip(data.classes, counts, strict=True)]
+    names = [f"{shortened(name, NAME_WIDTH)} {count:,}" for name, count in zip(data.classes, counts, strict=True)]
     words = plural(len(names), "class", "classes")
     if len(names) <= SHOWN_CLASSES:
         return f"{words}: {', '.join(names)}"

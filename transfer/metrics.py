@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from transfer.system.console import printable
+from transfer.system.console import letters, padded, shortened
 
 NONE = "–"  # in place of 0 / 0
-MAX_NAME_LENGTH = 24  # letters of a class name in the table
+NAME_WIDTH = 24  # letters of a class name in a line
 SHOWN = 24  # images of a kind that a report shows at most
 BINS = 10  # of confidence, as Guo et al. (2017) have them
 
@@ -237,12 +237,6 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     return low, min(1.0, high)
 
 
-def short_name(name: str) -> str:
-    """A class's name as it may be printed, of a long one its beginning."""
-    name = printable(name)
-    return name if len(name) <= MAX_NAME_LENGTH else f"{name[: MAX_NAME_LENGTH - 1]}…"
-
-
 def percent(value: float) -> str:
     return NONE if math.isnan(value) else f"{value:.1%}"
 
@@ -262,8 +256,8 @@ def classification_report(scores: ClassificationScores, classes: Sequence[str]) 
     ):
         interval = f"95% interval {low:.1%} to {high:.1%}"
         lines.append(f"{what:<8}  {part:7.2%}  {right:,} of {scores.count:,}, {interval}")
-    names = [short_name(name) for name in classes]
-    width = max(map(len, [*names, "macro average"]))
+    names = [shortened(name, NAME_WIDTH) for name in classes]
+    width = max(map(letters, [*names, "macro average"]))
     lines += ["", f"{'class':<{width}}  images  precision   recall       F1  most often taken for"]
     images, taken_for, order = scores.images.tolist(), scores.taken_for(), scores.worst_first()
     columns = [column.tolist() for column in (scores.precision, scores.recall, scores.f1)]
@@ -271,7 +265,7 @@ def classification_report(scores: ClassificationScores, classes: Sequence[str]) 
         guess, times = taken_for.get(label, (None, 0))
         other = f"{names[guess]} ({times:,})" if times else ""
         precision, recall, f1 = (percent(column[label]) for column in columns)
-        line = f"{names[label]:<{width}}  {images[label]:6,}  {precision:>9}  {recall:>7}  {f1:>7}  {other}"
+        line = f"{padded(names[label], width)}  {images[label]:6,}  {precision:>9}  {recall:>7}  {f1:>7}  {other}"
         lines.append(line.rstrip())
     precision, recall, f1 = scores.macro_average()
     lines.append(f"{'macro average':<{width}}  {scores.count:6,}  {precision:9.1%}  {recall:7.1%}  {f1:7.1%}")

@@ -106,7 +106,8 @@ def validate_state_dict(
         elif not key.endswith("num_batches_tracked"):  # a count that nothing reads
             problems.append(f"no {key}")
     if problems:
-        fix = f"give one made for {arch_asked or arch}{'' if arch_asked else ', or name its architecture by --arch'}"
+        fix = f"give one made for {arch_asked or arch}"
+        fix += "" if arch_asked else ", or name its architecture by --arch, of those that train.py --arch list shows"
         raise UserError(f"{printable(path)}: does not fit {arch_title(arch)}: {first_three(problems)}; {fix}")
     if arch_asked not in (None, arch):
         found, asked = arch_title(arch), arch_title(arch_asked)

@@ -29,7 +29,7 @@ from transfer.pages.html import (
     svg_line,
     svg_text,
 )
-from transfer.system.console import plural, printable
+from transfer.system.console import as_argument, plural, printable, script_command
 from transfer.system.files import save_atomically
 from transfer.system.outputs import table_path
 
@@ -159,8 +159,8 @@ def balance_table(audit: Audit, classes: Sequence[str]) -> str:
 
 def next_words(model: Path) -> str:
     """The command that says which photos to label next."""
-    command = ["python", "predict.py", "FOLDER", "--label-next", "40", "--report", "next.html"]
-    command += ["--model", str(model)] if model != Path("best.pth") else []
+    command = [*script_command("predict.py"), "FOLDER", "--label-next", "40", "--report", "next.html"]
+    command += ["--model", as_argument(model)] if model != Path("best.pth") else []
     return (
         "<p>You have more photos without labels, in a folder? This shows which 40 of them to label first: "
         f'<code class="copy">{escape(shlex.join(command))}</code></p>'

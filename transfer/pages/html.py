@@ -9,7 +9,6 @@ import hashlib
 import html
 import io
 import math
-import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,7 +20,6 @@ THUMBNAIL_BYTES = 20_000_000  # of a page's photos
 SHELF = 100  # cards that are open at once
 WIDTH, HEIGHT = 420, 270  # of a chart, in its own units; the page scales it
 LEFT, TOP, RIGHT, BOTTOM = 44, 38, 400, 230  # of a chart's plot
-NAME_WIDTH = 22  # letters of a class name beside a drawing
 STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 
 
@@ -36,21 +34,6 @@ def escape(value: object) -> str:
 def number(value: object, form: str) -> str:
     """A figure in a format, the plain value where it is no number."""
     return format(value, form) if isinstance(value, (int, float)) else escape(value)
-
-
-def letters(text: str) -> int:
-    """How many letters wide a text is; East Asian ones count twice."""
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
-
-
-def shortened(name: str, most: int = NAME_WIDTH) -> str:
-    """A name that fits beside the matrix, shown in full where the pointer rests."""
-    text = printable(name)
-    if letters(text) <= most:
-        return text
-    while letters(text) >= most:
-        text = text[:-1]
-    return text + "…"
 
 
 def ticks(high: float, least: float = 0.0) -> list[float]:

@@ -31,16 +31,15 @@ from transfer.pages.html import (
     axes,
     class_table,
     escape,
-    letters,
     number,
     page,
     scroller,
-    shortened,
     svg,
     svg_line,
     svg_text,
     ticks,
 )
+from transfer.system.console import letters, shortened
 from transfer.system.files import history_path, path_digest, save_atomically
 
 HITS = 12  # images shown
@@ -48,6 +47,7 @@ MAX_DROPS = 12  # of the learning rate that are marked
 FEW = 10  # images below which a share says little
 ENOUGH_IMAGES = 100  # for a calibration error: by chance alone it is some 15 points of 15 images
 CELLS = ((24, 34, 12), (60, 23, 11), (math.inf, 15, 9.5))  # matrix: classes up to, cell and letter size in pixels
+MATRIX_NAME_WIDTH = 22  # letters of a class name beside it
 PRINT_WIDTH = 660  # pixels of A4 between its margins
 MAX_MATRIX_CLASSES = 1000  # classes: a larger matrix is read by nobody
 
@@ -225,7 +225,7 @@ def slanted_names(names: Sequence[str], cell: int, size: float, height: float) -
     for index, name in enumerate(names):
         x, y = (index + 0.5) * cell + size / 4, height - 5
         turned = f'<text x="{x:.1f}" y="{y:.1f}" transform="rotate(-45 {x:.1f} {y:.1f})">'
-        parts.append(f"{turned}{html.escape(shortened(name))}<title>{escape(name)}</title></text>")
+        parts.append(f"{turned}{html.escape(shortened(name, MATRIX_NAME_WIDTH))}<title>{escape(name)}</title></text>")
     return "".join(parts)
 
 
@@ -259,11 +259,11 @@ def confusion_matrix(scores: ClassificationScores, classes: list[str]) -> str:
         return f"<p>Not drawn of more than {MAX_MATRIX_CLASSES:,} classes. {common_mistakes(scores, classes)}</p>"
     cell, size = next((cell, size) for most, cell, size in CELLS if len(classes) <= most)
     side = cell * len(classes)
-    widest = max(letters(shortened(name)) for name in classes) * size * 0.62
+    widest = max(letters(shortened(name, MATRIX_NAME_WIDTH)) for name in classes) * size * 0.62
     margin, slant = max(72, widest + 12), widest * 0.71 + size + 8
     rows = "".join(
         f'<text class="end" x="{margin - 8:.1f}" y="{(index + 0.5) * cell + size * 0.36:.1f}">'
-        f"{html.escape(shortened(name))}<title>{escape(name)}</title></text>"
+        f"{html.escape(shortened(name, MATRIX_NAME_WIDTH))}<title>{escape(name)}</title></text>"
         for index, name in enumerate(classes)
     )
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 
@@ -56,6 +57,26 @@ def os_reason(error: OSError) -> str:
 def plural(count: int, noun: str, nouns: str | None = None) -> str:
     """A number of things: 1 label, 2 labels. nouns: where these are not the noun and an s."""
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def letters(text: str) -> int:
+    """How many letters wide a text is in a terminal: East Asian ones count twice, accents of their own not at all."""
+    return sum(2 if unicodedata.east_asian_width(each) in "WF" else not unicodedata.combining(each) for each in text)
+
+
+def shortened(name: str, most: int) -> str:
+    """A name as it may be printed, of one that is wider than so many letters its beginning."""
+    text = printable(name)
+    if letters(text) <= most:
+        return text
+    while letters(text) >= most:
+        text = text[:-1]
+    return text + "…"
+
+
+def padded(text: str, width: int) -> str:
+    """Text and as many spaces as make it so many letters wide."""
+    return text + " " * (width - letters(text))
 
 
 def first_three(items: Sequence) -> str:

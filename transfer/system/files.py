@@ -64,6 +64,8 @@ def load_untrusted(path: Path, mmap: bool = False, check: bool = True) -> object
         if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
             code = "holds more than tensors, and to load it would run code of its own"
             raise UserError(f"{name}: {code}; only if you trust it: {plain_copy_command(path)}") from None
+        if "TorchScript" in str(error):
+            raise UserError(f"{name}: is a TorchScript program; save its model.state_dict() with torch.save") from None
         raise UserError(f"{name}: damaged, or not a weights file; get it again from its source") from None
 
 
@@ -83,10 +85,14 @@ def plain_copy_command(path: Path) -> str:
 
 
 def check_zip(file: io.BufferedIOBase) -> None:
-    """Raises ValueError unless every member's checksum holds and none claims more bytes than the file has."""
+    """Raises ValueError unless every member's checksum holds and none claims more bytes than the file has; and where they
+    are a program's.
+    """
     size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
+        if any(member.filename.endswith("/constants.pkl") for member in members):
+            raise ValueError("TorchScript")
         # torch leaves a member that is marked as a folder (DOS attribute 0x10) unread: its tensor would be whatever
         # the memory held before. One flipped bit does that, and no checksum covers it.
         folders = any(member.is_dir() or member.external_attr & 0x10 for member in members)

@@ -329,7 +329,7 @@ def finish_head(
     """Train the best epoch's head again where images were held back, and calibrate it: metadata of both."""
     head, trained_on = head_of(model), splits.train
     if hparams.val_split and history.best_epoch <= hparams.epochs:
-        trained_on, lrs = splits.trainval, history.lrs(hparams.epochs)
+        trained_on, lrs = splits.trainval, history.lrs[: hparams.epochs]
         retrain_head(head, trained_on, hparams, lrs)
         # The images held back are few to fit a number on, and the head has now been trained on them.
         val_logits = cross_val_logits(trained_on.features, lrs, hparams) or val_logits

@@ -201,10 +201,10 @@ def compare_val_split(source: Source) -> tuple:
         hparams, size = replace(HPARAMS, seed=seed), whole.features.chunks[0].shape[2]
         split_head, head = (nn.Linear(size, int(whole.features.labels.max()) + 1) for _ in range(2))
         with contextlib.redirect_stdout(None):
-            train.retrain_head(split_head, part, hparams, history.lrs(history.best_epoch))
-            train.retrain_head(head, whole, hparams, history.lrs(HPARAMS.epochs))
+            train.retrain_head(split_head, part, hparams, history.lrs[: history.best_epoch])
+            train.retrain_head(head, whole, hparams, history.lrs[: HPARAMS.epochs])
         before, after = accuracy(split_head, test), accuracy(head, test)
-        calibrate(head, *cross_val_logits(whole.features, history.lrs(HPARAMS.epochs), hparams))
+        calibrate(head, *cross_val_logits(whole.features, history.lrs[: HPARAMS.epochs], hparams))
         full, history = train_head(Splits(whole, whole, test, test), seed)
         last = accuracy(full, test)
         calibrate(full, *collect_logits(full, FeatureLoader(test.features, 1024)))

@@ -106,7 +106,8 @@ def print_next(data: Data, checkpoint: Path, audited: bool) -> None:
 class History:
     """The epochs so far, and which was the best. Rank 0 alone prints and writes.
 
-    val_name: test or val, after the images that choose the epoch; balanced: they choose it by macro recall.
+    val_name: test or val, after the images that choose the epoch; balanced: they choose it by macro recall; lrs: the
+    learning rate of each epoch.
     """
 
     def __init__(self, checkpoint: Path, val_name: str, balanced: bool = False):
@@ -114,7 +115,7 @@ class History:
         self.val_name, self.balanced = val_name, balanced
         columns = ("epoch", "train_loss", "train_accuracy", f"{val_name}_loss", f"{val_name}_accuracy")
         self.rows = [(*columns, *([f"{val_name}_recall"] if balanced else []), "lr", "best")]
-        self.best_epoch, self.best = 0, Metrics(math.inf, -math.inf, -math.inf)
+        self.best_epoch, self.best, self.lrs = 0, Metrics(math.inf, -math.inf, -math.inf), []
 
     def score(self, val: Metrics) -> float:
         """The one of an epoch's metrics that chooses the best, and that the learning rate follows."""
@@ -139,6 +140,7 @@ class History:
         if best:
             self.best_epoch, self.best = epoch, val
         shown = val[: 3 if self.balanced else 2]
+        self.lrs.append(lr)
         self.rows.append((epoch, train.loss, train.accuracy, *shown, lr, int(best)))
         if not is_main_process():
             return
@@ -152,7 +154,3 @@ class History:
         figures = f"{epoch:5d}  {train.loss:10.4f}  {train.accuracy:9.2%}  {val.loss:9.4f}  {val.accuracy:8.2%}"
         figures += f"  {val.macro_recall:11.2%}  {lr:.6f}" if self.balanced else f"  {lr:.6f}"
         print(f"{figures}{'  best' if best else ''}", flush=True)
-
-    def lrs(self, epochs: int) -> list[float]:
-        """The learning rate of each of the first epochs."""
-        return [row[-2] for row in self.rows[1 : epochs + 1]]

@@ -3,11 +3,12 @@
 import errno
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import chunks_in, go, plain_backbone, rows_of, same, weights_of
+from conftest import chunks_in, go, plain_backbone, rows_of, run_main, same, weights_of
 from PIL import Image
 from torch import nn
 from torchvision import transforms as T
@@ -323,6 +324,25 @@ def test_chunks_are_mapped_into_memory_not_read(extract):
         assert len(features.chunks) == 2 and all(str(path.absolute()) in maps for path in chunks_in("."))
         del features
         assert not any(str(path.absolute()) in Path("/proc/self/maps").read_text() for path in chunks_in("."))
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_the_pass_unless_it_is_complete(
+    few, quick, decoded, monkeypatch
+):
+    go("--epochs", 1, "--cache", "kept")
+    decoded.clear()
+    make = tempfile.TemporaryFile
+
+    def denied(*args, dir=None, **options):
+        if dir == Path("kept"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return make(*args, dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    go("--epochs", 2, "--cache", "kept")
+    status, _, err = run_main(train.main, "--weights", "none", "--workers", 0, "--seed", 1, "--cache", "kept")
+    reason = os.strerror(errno.EACCES).lower()
+    assert (status, decoded) == (2, {}) and f"error: --cache kept: can't write in it ({reason}); name another" in err
 
 
 def test_a_full_disk_leaves_no_part_of_a_chunk(extract, monkeypatch):

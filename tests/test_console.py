@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -214,3 +215,34 @@ def test_sigterm_while_the_interpreter_ends_shows_no_traceback():
         [sys.executable, "-c", LATE], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (-signal.SIGTERM, "error: first\n")
+
+
+def test_a_full_disk_behind_stdout_is_one_line(monkeypatch, capsys):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as stop, one_line_errors():
+            print("an answer")
+    reason = os.strerror(errno.ENOSPC).lower()
+    assert stop.value.code == 1 and capsys.readouterr().err == f"error: standard output: {reason}\n"
+    with pytest.raises(FileNotFoundError), one_line_errors():  # a bug
+        open("gone")
+
+
+# Without torch, as at a script's start.
+CLOSED = """
+import sys
+from transfer.system.signals import guard_imports
+guard_imports()
+file = open(sys.argv[1], "w")
+print("to nowhere", flush=True)
+print("to nowhere", file=sys.stderr, flush=True)
+file.write(f"{sys.stdout.isatty()} {sys.stderr.isatty()}")
+"""
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_what_is_printed_to_a_closed_stream_goes_nowhere(tmp_path, closed):
+    path, silent = tmp_path / "file", subprocess.DEVNULL
+    command = f"{shlex.join([sys.executable, '-c', CLOSED, str(path)])} {closed}"
+    subprocess.run(["bash", "-c", command], cwd=ROOT, stdout=silent, stderr=silent, check=True)
+    assert path.read_text() == "False False"

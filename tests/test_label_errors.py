@@ -70,6 +70,14 @@ def test_a_model_that_knows_too_little_is_weak_and_has_no_suspects(sample, table
     assert found.weak and found.power < 0.2 and not len(found.suspects)
 
 
+def test_of_many_classes_a_model_that_knows_none_takes_no_right_label_for_wrong():
+    labels = torch.arange(1000).repeat_interleave(3)
+    features = torch.randn(len(labels), 1, 64, generator=torch.Generator().manual_seed(0)).abs()
+    recipe = RECIPE | {"num_classes": 1000, "lrs": [0.005] * 3}
+    found = score_labels_out_of_fold(features, labels, torch.arange(len(labels)), **recipe)
+    assert found.agreement < 0.05 and found.weak and not len(found.suspects)
+
+
 def test_the_order_is_that_of_cleanlabs_self_confidence(sample, table):
     labels = swapped(sample["train"].features.labels, 0.05, 1)
     fold = assign_folds(labels, torch.arange(len(labels)))

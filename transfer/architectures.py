@@ -157,7 +157,7 @@ def check_arch(arch: str, size: int | None) -> int:
     """
     names = list_models(module=torchvision.models)
     if arch == "list":
-        print(arch_table())
+        print(arch_table(), flush=True)
         sys.exit()
     if arch not in names:
         near = difflib.get_close_matches(arch, names, 1)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transfer.backbone import READING_VERSION
 from transfer.device import Compute
 from transfer.inputs.images import PassingReason
 from transfer.inputs.lists import ImageList
-from transfer.system.console import QUIET, Progress, UserError, printable, track, warn
+from transfer.system.console import QUIET, Progress, UserError, os_reason, printable, track, warn
 from transfer.system.files import MappingError, load_untrusted, save_atomically, serialized
 
 KEY_BYTES = 16  # two int64
@@ -80,6 +81,14 @@ class FeatureCache:
 
     def __init__(self, folder: Path, recipe: bytes, shape: tuple[int, int]):
         self.folder, self.recipe, self.shape = folder, recipe, shape
+
+    def check_writable(self) -> None:
+        """Raises UserError where no chunk can be kept."""
+        try:
+            tempfile.TemporaryFile(dir=self.folder).close()
+        except OSError as error:
+            why = f"can't write in it ({os_reason(error)}); name another folder"
+            raise UserError(f"--cache {printable(self.folder)}: {why}") from None
 
     def find(self, keys: Tensor) -> tuple[list[Path], list[Chunk], Tensor]:
         """The chunks that hold images of these keys (n, 2), and where: (n, 2), as `find_rows` has it."""

@@ -95,6 +95,8 @@ def extract_table(
             if reason := reasons.get(int(places[row, 1])):
                 table.unreadable[rows.start + row] = reason
     missing = (places[:, 0] < 0).nonzero().flatten()
+    if store and len(missing):  # a complete one need not be writable
+        store.check_writable()
     parts = missing.split(chunk_rows(len(dataset)) if store else len(rows)) if len(missing) else ()
     listed = [part + rows.start for part in parts]
     passed = extract_chunks(backbone, dataset, listed, compute=compute, max_unreadable=max_unreadable)

@@ -18,7 +18,7 @@ RIGHT_BEFORE = (
     20  # labels that are assumed to be right beforehand: a few images alone say nothing about the share of wrong ones
 )
 LEAST_SHARE = 0.01  # of wrong labels, for which a model's power to find them is estimated
-WEAK = 0.2  # power below which a model can't judge labels
+WEAK = 0.2  # power or agreement below which a model can't judge labels
 MOST_TRAINED = 1_000_000_000  # images times classes times folds: minutes on two cores
 MAX_LOGITS = 5_000_000  # that two numbers are fitted on
 PART = 1_000_000  # logits at a time: 8 MB in float64
@@ -47,7 +47,8 @@ class LabelQuality:
     would give instead (suggested).
 
     noise_rate: the estimated share of wrong labels, and temperature: that of the probabilities it goes with; power: the
-    share of wrong labels that it would find, were they wrong at random.
+    share of wrong labels that it would find, were they wrong at random; agreement: the share of labels that it would
+    give itself. Where that is small, what the model does not know would pass for wrong labels.
     """
 
     confidence: Tensor
@@ -56,10 +57,11 @@ class LabelQuality:
     noise_rate: float
     temperature: float
     power: float
+    agreement: float
 
     @property
     def weak(self) -> bool:
-        return self.power < WEAK
+        return min(self.power, self.agreement) < WEAK
 
     def part(self, places: slice) -> "LabelQuality":
         """That of some of the images alone."""
@@ -84,7 +86,7 @@ def score_labels(logits: Tensor | MeanHeads, labels: Tensor) -> LabelQuality:
     """
     count, num_classes = logits.shape
     if num_classes == 1:
-        return LabelQuality(torch.ones(count), torch.zeros(count), torch.zeros_like(labels), 0.0, 1.0, 0.0)
+        return LabelQuality(torch.ones(count), torch.zeros(count), torch.zeros_like(labels), 0.0, 1.0, 0.0, 1.0)
     # Every so many of a long list, which may be sorted by class.
     every, part = math.ceil(count * num_classes / MAX_LOGITS), max(1, PART // num_classes)
     drawn = torch.arange(0, count, every)
@@ -103,7 +105,8 @@ def score_labels(logits: Tensor | MeanHeads, labels: Tensor) -> LabelQuality:
     for here, own in zip(some.split(part), theirs[:, None].split(part), strict=True):
         found += int(((here.double() / temperature).softmax(1).scatter_(1, own, 1) < edge).sum())
     power = found / len(theirs) / (num_classes - 1)
-    return LabelQuality(q, error_prob, suggested, noise_rate, temperature, power)
+    agreement = float((some.argmax(1) == theirs).double().mean())
+    return LabelQuality(q, error_prob, suggested, noise_rate, temperature, power, agreement)
 
 
 def fit_noise(logits: Tensor, labels: Tensor) -> tuple[float, float]:

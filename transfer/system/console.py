@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import functools
 import io
 import os
@@ -155,6 +156,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         with stop_on_signals():
             yield
+            sys.stdout.flush()
     except UserError as error:
         # Each rank for itself: torchrun may end the others before they come to it, and some see other files.
         who = f"rank {get_rank()} on {socket.gethostname()}: " if is_distributed() else ""
@@ -170,9 +172,14 @@ def one_line_errors() -> Iterator[None]:
             raise
         print(f"error: another rank died ({str(error).splitlines()[0]}); the saved files are whole", file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:  # the reader of our output is gone, as in `| head -1`: nobody to tell
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        if error.errno == errno.EPIPE:  # the reader of our output is gone, as in `| head -1`: nobody to tell
+            sys.exit(141)
+        print(f"error: standard output: {os_reason(error)}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as stop:
         status = stop.args[0] if stop.args else status_of(signal.SIGINT)
         if get_rank() == 0:

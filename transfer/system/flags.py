@@ -111,9 +111,10 @@ def positive_float(text: str) -> float:
 
 def open_unit_float(text: str) -> float:
     """An argparse type: a number between 0 and 1."""
-    if (value := positive_float(text)) < 1:
-        return value
-    raise argparse.ArgumentTypeError(f"'{text}' is not a number between 0 and 1")
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0 and below 1")
 
 
 class NoAugment(argparse.Action):

@@ -31,7 +31,13 @@ def stop_at_once(signum: int, _: FrameType | None) -> None:
 
 
 def guard_imports() -> None:
-    """From now on Ctrl-C ends this process in one line. Where it is ignored, as in the background, it stays so."""
+    """From now on Ctrl-C ends this process in one line. Where it is ignored, as in the background, it stays so. And
+    what is printed to a stream that the caller closed goes nowhere, not into the next file that is opened.
+    """
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            setattr(sys, name, open(number, "w"))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop_at_once)
 

@@ -94,6 +94,9 @@ def test_the_figures_are_those_of_the_table(tmp_path):
     words = "test.txt: 12 photos not judged. The model knows these classes too little. Of wrong labels it finds about 1"
     assert f"{words} in 10.</p>" in page and page.count("<p>Not judged: 12 test photos</p>") == 1
     assert "(not judged: 12 test photos)" in summary
+    weak = replace(audit.qualities[1], power=0.6, agreement=0.019)
+    page, _, _ = written(tmp_path, replace(audit, qualities=(audit.qualities[0], weak)), names)
+    assert "knows these classes too little. It would give 1.9% of the labels itself.</p>" in page
 
 
 def test_the_table_has_the_columns_that_are_promised(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transfer.audit.audit import MOST_WORK, Audit
 from transfer.audit.findings import AuditSplit, Finding, save_findings
-from transfer.audit.label_errors import LabelQuality
+from transfer.audit.label_errors import WEAK, LabelQuality
 from transfer.audit.learning_curve import FEW_POINTS, Curve
 from transfer.inputs.corrections import Corrections
 from transfer.metrics import NONE
@@ -99,7 +99,8 @@ def label_words(parts: Sequence[tuple[AuditSplit, LabelQuality]]) -> str:
     if quality.weak:
         names = " and ".join(escape(split.image_list.name) for split, _ in parts)
         images = sum(len(split.rows) for split, _ in parts)
-        return f"<p>{names}: {images:,} photos not judged. The model knows these classes too little. {power}.</p>"
+        little = f"It would give {quality.agreement:.1%} of the labels itself" if quality.power >= WEAK else power
+        return f"<p>{names}: {images:,} photos not judged. The model knows these classes too little. {little}.</p>"
     counts = (
         f"{escape(split.image_list.name)}: {plural(len(each.suspects), 'label')} of {len(split.rows):,} probably wrong"
         for split, each in parts

@@ -90,12 +90,8 @@ def check(arch: str) -> None:
         make_lists(Path())
         torch.save(calm(arch), "weights.pth")
         flags = ["--arch", arch, "--precision", "float32", "--views", 2, "--workers", 0, "--weights", "weights.pth"]
-        flags += [
-            "--cache",
-            "kept",
-            "--batch-size",
-            8,
-        ]  # the second run makes no pass; of vit_h_14 more take over 20 GB
+        # So that the second run makes no pass; and of vit_h_14 a larger batch takes over 20 GB.
+        flags += ["--cache", "kept", "--batch-size", 8]
         flags += [] if size == check_arch(arch, None) else ["--size", size]
         call(train.main, *flags, "--epochs", 2, "--audit", "audit.html")
         compare(arch, size)

@@ -64,8 +64,8 @@ def feature_rows(folder):
 GLOO = r"(?m)^(\[Gloo\].*|.*is connected to \d+ peer ranks.*|\d+ is connected.*)\n"
 
 
-# On a machine with an accelerator, in chunks of 2 images. At its fifth, in the third chunk, rank 1 dies, but not when it
-# is started again.
+# On a machine with an accelerator, in chunks of 2 images. At its fifth, in the third chunk, rank 1 dies, but not when
+# it is started again.
 DIE = """
 import os, sys, train
 train.torch.accelerator.current_accelerator = lambda check_available=False: train.torch.device("mps")
@@ -162,7 +162,7 @@ def test_two_ranks_fine_tune_one_model_and_the_death_of_one_ends_the_run_with_be
     assert not list(Path().glob(".*.tmp"))
 
 
-# A fine-tuned epoch is the best, on rank 0 of a machine with an accelerator; what the temperature is fitted on is noted.
+# On a machine with an accelerator a fine-tuned epoch is the best, on rank 0; what the temperature is fitted on is noted.
 FIT = """
 import os, sys, train
 train.torch.accelerator.current_accelerator = lambda check_available=False: train.torch.device("mps")

@@ -20,9 +20,10 @@ from torchvision.models import get_model
 import predict
 import train
 from transfer.metrics import Metrics
+from transfer.pages.html import page
 from transfer.system.console import UserError
 from transfer.system.files import save_together, temporary_path
-from transfer.system.outputs import STALE, audit_outputs, table_path
+from transfer.system.outputs import STALE, STARTS, audit_outputs, table_path
 
 
 def make_odd_file(kind):
@@ -254,6 +255,7 @@ def test_what_a_run_wrote_beside_a_page_is_replaced_by_the_next(trained):
     Path("look.csv").touch()
     Path("look.html").write_bytes(b"")
     assert trained("--audit", "look.html")[0] == 0 and Path("look.html").stat().st_size > 1000
+    assert STARTS["a page of ours"].match(page("A", "b", []).encode())
     status, _, err = trained("--out", "look.pth")  # whose figures would take the table's place
     assert status == 2 and err.startswith("error: --out look.csv: is there already, and is not a run's figures; ")
 

@@ -166,7 +166,7 @@ def check_arch(arch: str, size: int | None) -> int:
     if not has_head(arch):
         raise UserError(f"--arch {arch}: its last layer is no linear one, so it has no head to train; pick another")
     own = preprocessing(arch).size
-    if size not in (None, own) and not takes_images(arch, size):
+    if size and not takes_images(arch, size):
         fix = f"leave --size out for its own, {own}"
         raise UserError(f"--size {size}: {arch_title(arch)} takes no images of that size; {fix}")
     return size or own
@@ -175,6 +175,8 @@ def check_arch(arch: str, size: int | None) -> int:
 @torch.no_grad()
 def takes_images(arch: str, size: int) -> bool:
     """Whether its layers fit together for images of so many pixels a side: a vision transformer's know one size."""
+    if size == preprocessing(arch).size:
+        return True
     try:
         meta_network(arch).eval().to("meta")(torch.empty(1, 3, size, size, device="meta"))
     except (AssertionError, RuntimeError, ValueError):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from transfer.architectures import head_prefix, is_arch, meta_network, preprocessing, takes_images, versioned
+from transfer.architectures import NORMALIZE, head_prefix, is_arch, meta_network, takes_images, versioned
 from transfer.distributed import broadcast, is_main_process, run_id
 from transfer.inputs.images import GREY_BITS
 from transfer.metrics import Metrics
@@ -67,7 +67,7 @@ def load_checkpoint(path: Path, arch: str | None = None) -> tuple[nn.Module, dic
         raise UserError(f"{printable(path)}: has no head ({head}); give the best.pth that train.py saved")
     classes, known = len(state[head]), is_valid_metadata(metadata, len(state[head]))
     if known and (size := metadata.get("size")):
-        known = size == preprocessing(arch).size or takes_images(arch, size)
+        known = takes_images(arch, size)
     if classes == 1 and not known:
         one = "has one output, for one class or a sigmoid, where each class needs its own"
         raise UserError(f"{printable(path)}: {one}; train it with two outputs, or start from it by --weights")
@@ -136,10 +136,9 @@ def is_valid_metadata(metadata: object, classes: int) -> bool:
     if any(type(text) is not str for text in (*names, *folders, *lists)):
         return False
     fits = metadata.get("format") == FORMAT and SIZES[0] <= metadata.get("size", IMAGE_SIZE) <= SIZES[-1]
-    if norm := [metadata[key] for key in ("mean", "std") if key in metadata]:
-        fits = fits and [len(values) for values in norm] == [3, 3]
-        numbers = [value for values in norm for value in values]
-        fits = fits and all(type(value) is float and abs(value) < 10 for value in numbers) and min(norm[-1]) > 0.01
+    mean, std = (metadata.get(key, usual) for key, usual in (("mean", NORMALIZE.mean), ("std", NORMALIZE.std)))
+    fits = fits and ("mean" in metadata) == ("std" in metadata) and len(mean) == len(std) == 3
+    fits = fits and all(type(value) is float and abs(value) < 10 for value in (*mean, *std)) and min(std) > 0.01
     fits = fits and 0 < metadata.get("grey_bits", GREY_BITS) <= GREY_BITS
     return fits and len(names) == len(folders) == classes
 

@@ -49,7 +49,7 @@ def init_distributed(device: torch.device) -> None:
     if is_distributed() and not dist.is_initialized():
         # Whoever waits here for a rank that has ended would not hear SIGTERM: torchrun would wait 30 s and kill it.
         handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # gloo for what lies on the CPU, and nccl for the gradients on CUDA: unasked, torch takes the accelerator's alone.
+        # gloo for what lies on the CPU, and nccl for gradients on CUDA: unasked, torch takes the accelerator's alone.
         nccl = device.type == "cuda" and dist.is_nccl_available()
         # Rank 0 may train the head for hours.
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(hours=12))

@@ -145,7 +145,7 @@ def as_predicted(network: nn.Module) -> nn.Module:
     pass.
     """
     network = unwrap(network)
-    if not isinstance(network, Network):
+    if not (isinstance(network, Network) and network.autocast):
         return network
     tail = inference_copy(network.tail, network.compute)
     return Network(tail, network.head, network.compute, autocast=False)

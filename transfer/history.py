@@ -15,7 +15,7 @@ from transfer.distributed import is_main_process
 from transfer.features import Splits
 from transfer.metrics import NAME_WIDTH, Metrics, wilson_interval
 from transfer.pretrained import Pretrained
-from transfer.system.console import plural, predict_command, printable, shortened, warn
+from transfer.system.console import as_argument, plural, predict_command, printable, shortened, warn
 from transfer.system.files import history_path, path_digest, save_atomically
 from transfer.system.flags import DEFAULT_LR
 
@@ -98,7 +98,9 @@ def print_result(history: "History", data: Data, pretrained: Pretrained, start_t
 
 def print_next(data: Data, checkpoint: Path, audited: bool) -> None:
     """What to run next: the command that shows what the model gets wrong."""
-    print(f"next      {predict_command(data.test_path, checkpoint, data.root, data.corrections.files)}")
+    labelled = ["--labelled"] if data.test_path.is_dir() else []
+    words = [as_argument(data.test_path), *labelled, "--report", "report.html"]
+    print(f"next      {predict_command(words, checkpoint, data.root, data.corrections.files)}")
     if not audited:
         print("          or again with --audit audit.html: wrong labels, copies, strange photos")
 

@@ -146,9 +146,8 @@ def open_image(file: io.BufferedIOBase, format: str | None) -> Image.Image:
     else:
         image = Image.open(file, formats=IMAGE_FORMATS)
         in_python = image.tile and image.tile[0][0].startswith("ppm")
-        cost = PYTHON_COST if in_python else COSTS.get(image.format, 1)
-        if image.format == "TIFF":
-            cost = tiff_cost(image)
+        cost = tiff_cost(image) if image.format == "TIFF" else COSTS.get(image.format, 1)
+        cost = PYTHON_COST if in_python else cost
     if image.width * image.height * cost > MAX_PIXELS:
         limit = f"{int(MAX_PIXELS / cost):,}{f' for {image.format}' if image.format in COSTS else ''}"
         raise ImageError(f"{image.width}x{image.height} pixels, over the limit of {limit}; resize it")

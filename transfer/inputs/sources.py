@@ -24,7 +24,7 @@ LONGEST_PATH = 4096  # letters, as most systems have it
 
 
 class Source(NamedTuple):
-    """The images that one argument, a path, names. labelled: None of a folder whose folders may have the classes' names."""
+    """The images that one argument, a path, names. labelled: None of a folder whose folders may be named as classes."""
 
     path: str
     image_list: ImageList

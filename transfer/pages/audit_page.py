@@ -1,7 +1,6 @@
 """The audit's page: what it found, kind by kind, with the photos, the classes' sizes, and whether more would help."""
 
 import math
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from transfer.pages.html import (
     svg_line,
     svg_text,
 )
-from transfer.system.console import as_argument, plural, printable, script_command
+from transfer.system.console import plural, predict_command, printable
 from transfer.system.files import save_atomically
 from transfer.system.outputs import table_path
 
@@ -160,11 +159,10 @@ def balance_table(audit: Audit, classes: Sequence[str]) -> str:
 
 def next_words(model: Path) -> str:
     """The command that says which photos to label next."""
-    command = [*script_command("predict.py"), "FOLDER", "--label-next", "40", "--report", "next.html"]
-    command += ["--model", as_argument(model)] if model != Path("best.pth") else []
+    command = predict_command(["FOLDER", "--label-next", "40", "--report", "next.html"], model)
     return (
         "<p>You have more photos without labels, in a folder? This shows which 40 of them to label first: "
-        f'<code class="copy">{escape(shlex.join(command))}</code></p>'
+        f'<code class="copy">{escape(command)}</code></p>'
     )
 
 

@@ -114,10 +114,9 @@ def as_argument(path: Path) -> str:
     return f"./{path}" if str(path).startswith("-") else str(path)
 
 
-def predict_command(test: Path, model: Path, root: Path, corrections: Sequence[Path]) -> str:
-    """The command that shows what a model gets wrong, to be pasted into a shell in this folder."""
-    command = script_command("predict.py")
-    command += [as_argument(test), *(["--labelled"] if test.is_dir() else []), "--report", "report.html"]
+def predict_command(words: Sequence[str], model: Path, root: Path = Path(), corrections: Sequence[Path] = ()) -> str:
+    """predict.py with these words and what it does not find by itself, to be pasted into a shell in this folder."""
+    command = [*script_command("predict.py"), *words]
     command += ["--model", as_argument(model)] if model != Path("best.pth") else []
     command += ["--root", as_argument(root)] if root != Path() else []
     command += [word for path in corrections for word in ("--corrections", as_argument(path))]

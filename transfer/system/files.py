@@ -85,8 +85,8 @@ def plain_copy_command(path: Path) -> str:
 
 
 def check_zip(file: io.BufferedIOBase) -> None:
-    """Raises ValueError unless every member's checksum holds and none claims more bytes than the file has; and where they
-    are a program's.
+    """Raises ValueError unless every member's checksum holds and none claims more bytes than the file has, and where
+    they are a program's.
     """
     size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:

@@ -101,20 +101,20 @@ def image_size(text: str) -> int:
     raise argparse.ArgumentTypeError(f"'{text}' is not an even number from {SIZES[0]} to {SIZES[-1]}")
 
 
-def positive_float(text: str) -> float:
-    """An argparse type: a number above 0, whose tenfold (Adam's first step) float32 can hold."""
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < 1e37:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0 and below 1e37")
+def float_below(limit: str) -> Callable[[str], float]:
+    """An argparse type: a number above 0 and below this."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if 0 < float(text) < float(limit):
+                return float(text)
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0 and below {limit}")
+
+    return parse
 
 
-def open_unit_float(text: str) -> float:
-    """An argparse type: a number between 0 and 1."""
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0 and below 1")
+learning_rate = float_below("1e37")  # whose tenfold (Adam's first step) float32 can hold
+share = float_below("1")
 
 
 class NoAugment(argparse.Action):
@@ -137,7 +137,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--root", type=Path, default=".", metavar="DIR", help="where the paths in lists begin")
     add("--classes", type=Path, metavar="FILE", help="class names, one per line (folder names)")
     add("--corrections", type=Path, action="append", default=[], metavar="FILE", help=CORRECTIONS)
-    add("--val-split", type=open_unit_float, metavar="SHARE", help="choose the epoch on this share of --train")
+    add("--val-split", type=share, metavar="SHARE", help="choose the epoch on this share of --train")
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, default="best.pth", metavar="FILE", help="checkpoint, and a .csv beside it")
     add("--audit", type=Path, metavar="FILE", help="wrong labels, copies, strange photos: page and .csv")
@@ -150,8 +150,8 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--finetune-epochs", type=int_at_least(0), default=0, metavar="N", help="then of the last stages too")
     add("--unfreeze", choices=STAGES, default=STAGES[0], metavar="STAGE", help="layer4, layer3 or all")
     add("--batch-size", type=int_at_least(1), default=64, metavar="N", help="images per training step")
-    add("--lr", type=positive_float, default=DEFAULT_LR, metavar="RATE", help="learning rate of the head")
-    add("--finetune-lr", type=positive_float, default=2e-4, metavar="RATE", help="the stages' highest rate")
+    add("--lr", type=learning_rate, default=DEFAULT_LR, metavar="RATE", help="learning rate of the head")
+    add("--finetune-lr", type=learning_rate, default=2e-4, metavar="RATE", help="the stages' highest rate")
     add("--balance", action="store_true", help="for classes of very unequal size")
     add("--views", type=int_at_least(1), default=4, metavar="V", help="1: plain, 2: mirrored too, more: random")
     add("--seed", type=int_at_least(0), default=0, metavar="N", help="random seed: views, head, shuffling")
@@ -186,7 +186,7 @@ def parse_predict_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--except", dest="leave_out", action="append", metavar="PATH", help=what)
     add = parser.add_argument_group("output").add_argument
     add("--top-k", type=int_at_least(1), default=3, metavar="K", help="classes named for each image")
-    add("--min-prob", type=open_unit_float, metavar="P", help="below this an image is named unknown")
+    add("--min-prob", type=share, metavar="P", help="below this an image is named unknown")
     what = "text, csv, json, paths, or table: no rows"
     add("--format", choices=("text", "csv", "json", "table", "paths"), metavar="NAME", help=what)
     add("--report", type=Path, metavar="FILE", help="page of mistakes, or of photos to label next")

@@ -24,7 +24,7 @@ STARTS = {  # of the files that we write beside checkpoints, by which an earlier
     "a list of a split": re.compile(rb"# of .*, by train\.py with --view-seed \d"),
     "an audit's table": re.compile(rb"list,line,path,kind,"),
     "a page of ours": re.compile(
-        rb'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="'
+        rb'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-'
     ),
 }
 
